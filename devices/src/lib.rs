@@ -1,0 +1,2 @@
+//! devices
+#![no_std]

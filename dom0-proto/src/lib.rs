@@ -1,0 +1,2 @@
+//! dom0-proto
+#![no_std]

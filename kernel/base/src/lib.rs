@@ -1,0 +1,2 @@
+//! kernel/base
+#![no_std]

@@ -1,0 +1,2 @@
+//! tests
+#![no_std]
