@@ -1,0 +1,168 @@
+//! Building for the bare machine: the hypervisor's ELF image and the UEFI application around it.
+//!
+//! Two toolchain situations: rustup has the bare targets' `core` installed and its cargo does it
+//! all; or it has not (and perhaps cannot fetch it), and Debian's compiler builds `core` from the
+//! library source that Debian ships with it.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{paths, sh};
+
+/// The hypervisor's target.
+pub const HYPERVISOR_TARGET: &str = "x86_64-unknown-none";
+/// The boot loader's target.
+pub const UEFI_TARGET: &str = "x86_64-unknown-uefi";
+
+/// What a build leaves behind.
+#[derive(Debug, Clone)]
+pub struct Built {
+    /// The hypervisor as an ELF image with its symbols.
+    pub hypervisor: PathBuf,
+    /// The UEFI application that carries it.
+    pub efi: PathBuf,
+}
+
+/// Who compiles for the bare machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Toolchain {
+    /// The cargo that runs this, with the prebuilt library of the target.
+    Prebuilt,
+    /// `/usr/bin/cargo`, with the library built from Debian's source package.
+    Debian,
+}
+
+impl Toolchain {
+    /// Looks at what is installed. `None`: neither is complete.
+    pub fn find() -> Option<Self> {
+        if [HYPERVISOR_TARGET, UEFI_TARGET].into_iter().all(prebuilt) {
+            Some(Self::Prebuilt)
+        } else if debian_complete() {
+            Some(Self::Debian)
+        } else {
+            None
+        }
+    }
+}
+
+fn prebuilt(target: &str) -> bool {
+    sh::output(Command::new("rustc").args(["--print", "target-libdir", "--target", target]))
+        .is_ok_and(|dir| {
+            std::fs::read_dir(dir.trim()).is_ok_and(|entries| {
+                entries
+                    .flatten()
+                    .any(|e| e.file_name().to_string_lossy().starts_with("libcore-"))
+            })
+        })
+}
+
+fn debian_complete() -> bool {
+    let sysroot = sh::output(Command::new("/usr/bin/rustc").args(["--print", "sysroot"]));
+    sysroot.is_ok_and(|dir| {
+        Path::new(dir.trim())
+            .join("lib/rustlib/src/rust/library/core/Cargo.toml")
+            .exists()
+    }) && Path::new("/usr/bin/cargo").exists()
+        && paths::which("ld.lld").is_some()
+        && paths::which("lld-link").is_some()
+}
+
+/// Builds the hypervisor and the UEFI application.
+pub fn build(debug: bool) -> Result<Built> {
+    let toolchain = Toolchain::find().context(
+        "no compiler for the bare machine; `cargo xtask setup` says what to install for it",
+    )?;
+    let script = paths::root().join("kernel/bare/link.ld");
+    let mut flags = vec![
+        "-C".to_owned(),
+        "relocation-model=static".to_owned(),
+        "-C".to_owned(),
+        "code-model=kernel".to_owned(),
+        "-C".to_owned(),
+        "force-frame-pointers=yes".to_owned(),
+    ];
+    if !script.exists() {
+        bail!("{} is missing", script.display());
+    }
+    flags.push("-C".to_owned());
+    flags.push(format!("link-arg=-T{}", script.display()));
+
+    let mut cargo = cargo(toolchain, HYPERVISOR_TARGET, debug);
+    cargo.args(["-p", "galvan-bare", "--bin", "galvan"]);
+    // Unit-separated, so that a tree below a directory with a blank in its name builds too.
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    sh::through(&mut cargo).context("the hypervisor does not build")?;
+    let hypervisor = artefact(HYPERVISOR_TARGET, debug, "galvan")?;
+
+    let mut cargo = self::cargo(toolchain, UEFI_TARGET, debug);
+    cargo.args([
+        "-p",
+        "galvan-boot",
+        "--features",
+        "efi",
+        "--bin",
+        "galvan-efi",
+    ]);
+    cargo.env("GALVAN_IMAGE", &hypervisor);
+    sh::through(&mut cargo).context("galvan.efi does not build")?;
+    let built = artefact(UEFI_TARGET, debug, "galvan-efi.efi")?;
+    let efi = paths::out().join("galvan.efi");
+    std::fs::create_dir_all(paths::out())?;
+    std::fs::copy(&built, &efi).with_context(|| format!("cannot write {}", efi.display()))?;
+    Ok(Built { hypervisor, efi })
+}
+
+fn cargo(toolchain: Toolchain, target: &str, debug: bool) -> Command {
+    let mut cargo = match toolchain {
+        Toolchain::Prebuilt => Command::new("cargo"),
+        Toolchain::Debian => {
+            let mut cargo = Command::new("/usr/bin/cargo");
+            let path = std::env::var("PATH").unwrap_or_default();
+            cargo
+                .env("PATH", format!("/usr/bin:{path}"))
+                .env("RUSTC", "/usr/bin/rustc")
+                // Building `core` from source is an unstable option of a stable compiler.
+                .env("RUSTC_BOOTSTRAP", "1")
+                .env("CARGO_TARGET_X86_64_UNKNOWN_NONE_LINKER", "ld.lld")
+                .env("CARGO_TARGET_X86_64_UNKNOWN_UEFI_LINKER", "lld-link");
+            cargo
+        }
+    };
+    // What the outer cargo set for this program is not meant for the inner one.
+    for (name, _) in std::env::vars_os() {
+        let name = name.to_string_lossy();
+        if name.starts_with("CARGO_PKG_")
+            || name.starts_with("CARGO_MANIFEST")
+            || ["CARGO", "RUSTUP_TOOLCHAIN", "RUSTFLAGS"].contains(&&*name)
+        {
+            cargo.env_remove(&*name);
+        }
+    }
+    cargo
+        .current_dir(paths::root())
+        .args(["build", "--target", target])
+        .arg("--target-dir")
+        .arg(paths::bare_target());
+    if toolchain == Toolchain::Debian {
+        cargo.args([
+            "-Zbuild-std=core,alloc,compiler_builtins",
+            "-Zbuild-std-features=compiler-builtins-mem",
+        ]);
+    }
+    if !debug {
+        cargo.arg("--release");
+    }
+    cargo.stdout(std::io::stderr());
+    cargo
+}
+
+fn artefact(target: &str, debug: bool, name: &str) -> Result<PathBuf> {
+    let profile = if debug { "debug" } else { "release" };
+    let path = paths::bare_target().join(target).join(profile).join(name);
+    if !path.exists() {
+        bail!("cargo succeeded, but {} is not there", path.display());
+    }
+    Ok(path)
+}
