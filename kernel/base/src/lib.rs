@@ -1,2 +1,25 @@
-//! kernel/base
+//! The shared vocabulary of Galvan: addresses, frames, exits, guest state, the traits behind which
+//! the hardware stands, and locks with ranks.
+//!
+//! Every other crate of the hypervisor uses this one and it uses none of them. The vendor crates
+//! (`svm`, `vmx`) and the policy (`kernel`) meet only through the traits of [`hw`]: the vendor
+//! extracts facts from an exit, the policy decides what they mean.
+//!
+//! The only `unsafe` of this crate would be in [`sync`]; today there is none.
 #![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(any(test, feature = "testing"))]
+extern crate std;
+
+pub mod addr;
+pub mod exit;
+pub mod hw;
+pub mod state;
+pub mod sync;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub use addr::{Dfn, Gfn, Gpa, Gva, Mfn, Mpa, PAGE_SHIFT, PAGE_SIZE, PageOrder};
+pub use hw::{CpuId, Platform};

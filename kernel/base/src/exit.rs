@@ -1,0 +1,105 @@
+//! Why a guest stopped running, in the terms both vendors share.
+//!
+//! A vendor crate turns its exit code into an [`Exit`] without judging it; `kernel::exit` decides.
+//! (AMD APM "SVM Intercept Exit Codes"; Intel SDM "VM-Exit Information".)
+
+use crate::Gpa;
+
+/// The length in bytes of the instruction that exited, or 0 where the processor does not tell
+/// (AMD without NRIP save): the policy then decodes it.
+pub type InsnLen = u8;
+
+/// One exit from guest mode.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A physical interrupt is pending; it is taken when the host opens its interrupt window.
+    Interrupt,
+    /// A physical NMI.
+    Nmi,
+    /// The guest can now take the interrupt that waits for it.
+    InterruptWindow,
+    /// CPUID.
+    Cpuid(InsnLen),
+    /// VMCALL or VMMCALL.
+    Hypercall(InsnLen),
+    /// HLT.
+    Hlt(InsnLen),
+    /// PAUSE in a tight loop.
+    Pause(InsnLen),
+    /// RDMSR; the index is in RCX.
+    MsrRead(InsnLen),
+    /// WRMSR; the index is in RCX, the value in RDX:RAX.
+    MsrWrite(InsnLen),
+    /// IN, OUT, INS or OUTS.
+    Pio(Pio),
+    /// An access that the second-stage tables do not allow.
+    NestedFault(NestedFault),
+    /// XSETBV; the register is in RCX, the value in RDX:RAX.
+    Xsetbv(InsnLen),
+    /// WBINVD or INVD.
+    Wbinvd(InsnLen),
+    /// RDPMC.
+    Rdpmc(InsnLen),
+    /// An instruction that guests of Galvan do not have (VMX and SVM instructions, MONITOR, MWAIT,
+    /// SKINIT and the like): answered with #UD.
+    NotForGuests,
+    /// An intercepted exception. The error code is 0 where the vector has none.
+    Exception {
+        /// Vector number.
+        vector: u8,
+        /// Error code.
+        error: u32,
+    },
+    /// A hardware task switch, which the processors do not complete under virtualisation.
+    TaskSwitch,
+    /// Triple fault or INIT-like shutdown.
+    Shutdown,
+    /// The processor refused the guest state.
+    EntryFailed {
+        /// The vendor's code for it.
+        vendor_code: u64,
+    },
+    /// An exit this version does not know.
+    Unknown {
+        /// The vendor's exit code.
+        vendor_code: u64,
+        /// The vendor's first information word.
+        info: u64,
+    },
+}
+
+/// An access to an I/O port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pio {
+    /// The first port.
+    pub port: u16,
+    /// Size in bytes: 1, 2 or 4.
+    pub size: u8,
+    /// IN or INS, where OUT or OUTS is false.
+    pub input: bool,
+    /// INS or OUTS.
+    pub string: bool,
+    /// With a REP prefix.
+    pub rep: bool,
+    /// Length of the instruction, or 0.
+    pub len: InsnLen,
+}
+
+/// An access that the second-stage tables do not allow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NestedFault {
+    /// The guest physical address.
+    pub gpa: Gpa,
+    /// A write.
+    pub write: bool,
+    /// An instruction fetch.
+    pub fetch: bool,
+    /// A mapping was present but did not permit the access.
+    pub present: bool,
+    /// The access was made by the walk of the guest's own page tables.
+    pub walk: bool,
+    /// Bytes of the instruction, where the processor provides them (AMD decode assists).
+    pub insn: [u8; 15],
+    /// How many of `insn` are valid; 0 where the processor provides none.
+    pub insn_len: u8,
+}

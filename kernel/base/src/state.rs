@@ -1,0 +1,354 @@
+//! Guest processor state in neutral form, and the values it has at reset, SIPI and PVH entry.
+//!
+//! (AMD APM "VMCB State Save Area", Intel SDM "Guest-State Area"; PVH: public `start_info.h`.)
+
+/// General purpose registers, in the order of their encoding.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(C)]
+pub struct Gprs {
+    /// rax
+    pub rax: u64,
+    /// rcx
+    pub rcx: u64,
+    /// rdx
+    pub rdx: u64,
+    /// rbx
+    pub rbx: u64,
+    /// rsp
+    pub rsp: u64,
+    /// rbp
+    pub rbp: u64,
+    /// rsi
+    pub rsi: u64,
+    /// rdi
+    pub rdi: u64,
+    /// r8
+    pub r8: u64,
+    /// r9
+    pub r9: u64,
+    /// r10
+    pub r10: u64,
+    /// r11
+    pub r11: u64,
+    /// r12
+    pub r12: u64,
+    /// r13
+    pub r13: u64,
+    /// r14
+    pub r14: u64,
+    /// r15
+    pub r15: u64,
+}
+
+impl Gprs {
+    /// The register of an instruction's encoding 0..=15.
+    pub fn get(&self, n: u8) -> u64 {
+        match n & 15 {
+            0 => self.rax,
+            1 => self.rcx,
+            2 => self.rdx,
+            3 => self.rbx,
+            4 => self.rsp,
+            5 => self.rbp,
+            6 => self.rsi,
+            7 => self.rdi,
+            8 => self.r8,
+            9 => self.r9,
+            10 => self.r10,
+            11 => self.r11,
+            12 => self.r12,
+            13 => self.r13,
+            14 => self.r14,
+            _ => self.r15,
+        }
+    }
+
+    /// The register of an instruction's encoding 0..=15, to change.
+    pub fn get_mut(&mut self, n: u8) -> &mut u64 {
+        match n & 15 {
+            0 => &mut self.rax,
+            1 => &mut self.rcx,
+            2 => &mut self.rdx,
+            3 => &mut self.rbx,
+            4 => &mut self.rsp,
+            5 => &mut self.rbp,
+            6 => &mut self.rsi,
+            7 => &mut self.rdi,
+            8 => &mut self.r8,
+            9 => &mut self.r9,
+            10 => &mut self.r10,
+            11 => &mut self.r11,
+            12 => &mut self.r12,
+            13 => &mut self.r13,
+            14 => &mut self.r14,
+            _ => &mut self.r15,
+        }
+    }
+}
+
+/// A segment register with its hidden part.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Segment {
+    /// Selector.
+    pub sel: u16,
+    /// Attributes in the packed 12-bit form of the VMCB, which is also that of the public save
+    /// records: type 0-3, S 4, DPL 5-6, P 7, AVL 8, L 9, D/B 10, G 11. An unusable segment has P
+    /// clear.
+    pub attr: u16,
+    /// Limit in bytes, already scaled by the granularity.
+    pub limit: u32,
+    /// Base address.
+    pub base: u64,
+}
+
+/// The segment registers and descriptor-table registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Seg {
+    /// es
+    Es = 0,
+    /// cs
+    Cs,
+    /// ss
+    Ss,
+    /// ds
+    Ds,
+    /// fs
+    Fs,
+    /// gs
+    Gs,
+    /// GDTR (base and limit only)
+    Gdtr,
+    /// LDTR
+    Ldtr,
+    /// IDTR (base and limit only)
+    Idtr,
+    /// TR
+    Tr,
+}
+
+/// Number of [`Seg`] values.
+pub const SEGS: usize = 10;
+
+/// CR0.PE
+pub const CR0_PE: u64 = 1;
+/// CR0.ET
+pub const CR0_ET: u64 = 1 << 4;
+/// CR0.WP
+pub const CR0_WP: u64 = 1 << 16;
+/// CR0.NW
+pub const CR0_NW: u64 = 1 << 29;
+/// CR0.CD
+pub const CR0_CD: u64 = 1 << 30;
+/// CR0.PG
+pub const CR0_PG: u64 = 1 << 31;
+/// CR4.PSE
+pub const CR4_PSE: u64 = 1 << 4;
+/// CR4.PAE
+pub const CR4_PAE: u64 = 1 << 5;
+/// CR4.OSXSAVE
+pub const CR4_OSXSAVE: u64 = 1 << 18;
+/// EFER.SCE
+pub const EFER_SCE: u64 = 1;
+/// EFER.LME
+pub const EFER_LME: u64 = 1 << 8;
+/// EFER.LMA
+pub const EFER_LMA: u64 = 1 << 10;
+/// EFER.NXE
+pub const EFER_NXE: u64 = 1 << 11;
+/// EFER.SVME
+pub const EFER_SVME: u64 = 1 << 12;
+/// RFLAGS.IF
+pub const RFLAGS_IF: u64 = 1 << 9;
+
+/// Everything of a vCPU's architectural state that the processor holds for it, apart from the FPU
+/// and the general purpose registers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ArchState {
+    /// Instruction pointer.
+    pub rip: u64,
+    /// Flags.
+    pub rflags: u64,
+    /// Control registers.
+    pub cr0: u64,
+    /// Page-fault address.
+    pub cr2: u64,
+    /// Page-table base.
+    pub cr3: u64,
+    /// Control register 4.
+    pub cr4: u64,
+    /// EFER as the guest sees it (never with SVME).
+    pub efer: u64,
+    /// DR6.
+    pub dr6: u64,
+    /// DR7.
+    pub dr7: u64,
+    /// Segments, indexed by [`Seg`].
+    pub seg: [Segment; SEGS],
+    /// SYSENTER_CS, _ESP, _EIP.
+    pub sysenter: [u64; 3],
+    /// STAR, LSTAR, CSTAR, SFMASK.
+    pub syscall: [u64; 4],
+    /// KERNEL_GS_BASE.
+    pub kernel_gs_base: u64,
+    /// PAT.
+    pub pat: u64,
+    /// The instruction before RIP blocks interrupts (STI, MOV SS).
+    pub shadow: bool,
+}
+
+impl ArchState {
+    /// The state after power-on (Intel SDM "Processor State After Reset", AMD APM "Processor
+    /// Initialization State"), except that execution starts nowhere: a vCPU leaves reset only by
+    /// SIPI or by a context from the toolstack.
+    pub fn at_reset() -> Self {
+        let data = Segment {
+            sel: 0,
+            attr: 0x93,
+            limit: 0xffff,
+            base: 0,
+        };
+        let table = Segment {
+            sel: 0,
+            attr: 0,
+            limit: 0xffff,
+            base: 0,
+        };
+        let mut seg = [data; SEGS];
+        seg[Seg::Cs as usize] = Segment {
+            sel: 0xf000,
+            attr: 0x9b,
+            limit: 0xffff,
+            base: 0xffff_0000,
+        };
+        seg[Seg::Gdtr as usize] = table;
+        seg[Seg::Idtr as usize] = table;
+        seg[Seg::Ldtr as usize] = Segment {
+            attr: 0x82,
+            ..table
+        };
+        seg[Seg::Tr as usize] = Segment {
+            attr: 0x8b,
+            ..table
+        };
+        ArchState {
+            rip: 0xfff0,
+            rflags: 2,
+            cr0: CR0_ET | CR0_CD | CR0_NW,
+            cr2: 0,
+            cr3: 0,
+            cr4: 0,
+            efer: 0,
+            dr6: 0xffff_0ff0,
+            dr7: 0x400,
+            seg,
+            sysenter: [0; 3],
+            syscall: [0; 4],
+            kernel_gs_base: 0,
+            pat: 0x0007_0406_0007_0406,
+            shadow: false,
+        }
+    }
+
+    /// The state after a start-up IPI with `vector`: real mode at `vector << 12` (Intel SDM
+    /// "MP Initialization Protocol Algorithm").
+    pub fn at_sipi(vector: u8) -> Self {
+        let mut s = Self::at_reset();
+        s.rip = 0;
+        s.seg[Seg::Cs as usize] = Segment {
+            sel: u16::from(vector) << 8,
+            attr: 0x9b,
+            limit: 0xffff,
+            base: u64::from(vector) << 12,
+        };
+        s
+    }
+
+    /// The state in which a PVH kernel is entered: 32-bit flat, paging off. EBX, a general purpose
+    /// register, holds the address of `hvm_start_info` and is set by the caller (public
+    /// `arch-x86/hvm/start_info.h`).
+    pub fn at_pvh_entry(entry: u32) -> Self {
+        let data = Segment {
+            sel: 0,
+            attr: 0xc93,
+            limit: !0,
+            base: 0,
+        };
+        let mut s = Self::at_reset();
+        s.cr0 = CR0_PE | CR0_ET;
+        s.rip = u64::from(entry);
+        for seg in [Seg::Es, Seg::Ss, Seg::Ds, Seg::Fs, Seg::Gs] {
+            s.seg[seg as usize] = data;
+        }
+        s.seg[Seg::Cs as usize] = Segment {
+            attr: 0xc9b,
+            ..data
+        };
+        s.seg[Seg::Tr as usize] = Segment {
+            sel: 0,
+            attr: 0x8b,
+            limit: 0x67,
+            base: 0,
+        };
+        s
+    }
+
+    /// Whether 64-bit code is executing.
+    pub fn long_mode(&self) -> bool {
+        self.efer & EFER_LMA != 0 && self.seg[Seg::Cs as usize].attr & (1 << 9) != 0
+    }
+}
+
+/// An event to inject into, or that was being delivered to, a guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Event {
+    /// An external interrupt.
+    Interrupt(u8),
+    /// A non-maskable interrupt.
+    Nmi,
+    /// A hardware exception, with an error code where the vector has one.
+    Exception(u8, Option<u32>),
+    /// INT n, INT3 or INTO that was being delivered when the exit happened.
+    Software(u8),
+}
+
+impl Event {
+    /// #UD
+    pub const UD: Event = Event::Exception(6, None);
+    /// #GP(0)
+    pub const GP: Event = Event::Exception(13, Some(0));
+
+    /// #PF with this error code; CR2 is set by the caller.
+    pub fn page_fault(error: u32) -> Event {
+        Event::Exception(14, Some(error))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sipi_starts_in_real_mode_at_the_vectors_page() {
+        let s = ArchState::at_sipi(0x9a);
+        assert_eq!(s.seg[Seg::Cs as usize].base + s.rip, 0x9a000);
+        assert_eq!(s.seg[Seg::Cs as usize].sel, 0x9a00);
+        assert_eq!(s.cr0 & (CR0_PE | CR0_PG), 0);
+    }
+
+    #[test]
+    fn pvh_entry_is_flat_32_bit_without_paging() {
+        let s = ArchState::at_pvh_entry(0x100_0000);
+        assert_eq!(s.cr0 & (CR0_PE | CR0_PG), CR0_PE);
+        assert_eq!(
+            s.seg[Seg::Cs as usize],
+            Segment {
+                sel: 0,
+                attr: 0xc9b,
+                limit: !0,
+                base: 0
+            }
+        );
+        assert!(!s.long_mode());
+    }
+}

@@ -1,0 +1,292 @@
+//! Locks with ranks.
+//!
+//! A lock is taken only while no lock of the same or a higher rank is held by the same CPU; the one
+//! list of ranks is [`rank`]. Debug builds and host tests check it at every acquisition. Exit
+//! handling runs with interrupts disabled and interrupt handlers run only where no lock is held
+//! (see [`crate::hw`]), so no lock disables interrupts.
+
+use core::fmt;
+use core::ops::{Deref, DerefMut};
+
+/// The order in which locks are taken, outermost first, with the reason for each place.
+pub mod rank {
+    /// Domain creation and destruction: everything else happens inside it.
+    pub const DOMCTL: u8 = 2;
+    /// A vCPU's state, held by the CPU that runs it while its exits are handled.
+    pub const VCPU: u8 = 5;
+    /// A domain's lifecycle (pause counts, shutdown, dying): decided on, then others are told.
+    pub const LIFE: u8 = 8;
+    /// A domain's parameters, policy and other configuration.
+    pub const CONFIG: u8 = 10;
+    /// Virtual PCI: a configuration write reaches BAR mappings (p2m) and interrupts.
+    pub const VPCI: u8 = 14;
+    /// Virtual IO-APIC: a register write reaches host interrupts and local APICs.
+    pub const VIOAPIC: u8 = 16;
+    /// Bindings of the machine's interrupts.
+    pub const IRQ: u8 = 18;
+    /// Device-model servers.
+    pub const IOREQ: u8 = 20;
+    /// Grant tables; two are taken in the order of domain ids. A grant operation changes p2ms.
+    pub const GNTTAB: u8 = 24;
+    /// The second of two grant tables.
+    pub const GNTTAB2: u8 = 25;
+    /// Event channels; two are taken in the order of domain ids.
+    pub const EVTCHN: u8 = 28;
+    /// The second of two event-channel tables.
+    pub const EVTCHN2: u8 = 29;
+    /// A domain's p2m; two are taken in the order of domain ids.
+    pub const P2M: u8 = 32;
+    /// The second of two p2ms.
+    pub const P2M2: u8 = 33;
+    /// IOMMU tables: changed together with a p2m.
+    pub const IOMMU: u8 = 36;
+    /// The free-frame heap: needed by nearly everything.
+    pub const FRAMES: u8 = 40;
+    /// The table of domains: looked up from nearly everywhere, held for a few instructions.
+    pub const DOMAINS: u8 = 44;
+    /// A run queue: woken from nearly everywhere.
+    pub const SCHED: u8 = 48;
+    /// Timer queues.
+    pub const TIMER: u8 = 50;
+    /// Platform registers with an index or sequence (configuration space, CMOS, IO-APIC).
+    pub const PLATFORM: u8 = 54;
+    /// The hypervisor's heap.
+    pub const HEAP: u8 = 58;
+    /// The console ring: log lines come from everywhere.
+    pub const CONSOLE: u8 = 60;
+}
+
+#[cfg(any(test, feature = "testing"))]
+mod check {
+    //! Rank checking where threads stand for CPUs.
+    use core::cell::Cell;
+    std::thread_local! { static HELD: Cell<u64> = const { Cell::new(0) }; }
+
+    pub(super) fn acquire(rank: u8) {
+        HELD.with(|h| {
+            let held = h.get();
+            assert!(
+                held >> rank == 0,
+                "lock of rank {rank} taken while holding ranks {held:#b}"
+            );
+            h.set(held | 1 << rank);
+        });
+    }
+
+    pub(super) fn release(rank: u8) {
+        HELD.with(|h| h.set(h.get() & !(1 << rank)));
+    }
+}
+
+#[cfg(not(any(test, feature = "testing")))]
+mod check {
+    //! Outside host tests the ranks are not checked: the tests drive every path that locks.
+    #[inline(always)]
+    pub(super) fn acquire(_: u8) {}
+    #[inline(always)]
+    pub(super) fn release(_: u8) {}
+}
+
+/// A spin lock with a rank of [`rank`].
+pub struct RankedLock<T, const RANK: u8>(spin::Mutex<T>);
+
+impl<T, const RANK: u8> RankedLock<T, RANK> {
+    /// A new lock.
+    pub const fn new(v: T) -> Self {
+        Self(spin::Mutex::new(v))
+    }
+
+    /// Spins until the lock is ours.
+    #[inline]
+    pub fn lock(&self) -> Guard<'_, T> {
+        self.lock_as(RANK)
+    }
+
+    /// Takes the lock under another rank than its own: for the second of a pair of equals, whose
+    /// order the caller has settled by domain id.
+    #[inline]
+    pub fn lock_as(&self, rank: u8) -> Guard<'_, T> {
+        check::acquire(rank);
+        Guard {
+            inner: self.0.lock(),
+            rank,
+        }
+    }
+
+    /// Takes the lock if nobody has it.
+    #[inline]
+    pub fn try_lock(&self) -> Option<Guard<'_, T>> {
+        let inner = self.0.try_lock()?;
+        check::acquire(RANK);
+        Some(Guard { inner, rank: RANK })
+    }
+
+    /// The value, without locking: there is no other user.
+    pub fn get_mut(&mut self) -> &mut T {
+        self.0.get_mut()
+    }
+}
+
+impl<T: fmt::Debug, const RANK: u8> fmt::Debug for RankedLock<T, RANK> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.try_lock() {
+            Some(g) => fmt::Debug::fmt(&*g, f),
+            None => f.write_str("<locked>"),
+        }
+    }
+}
+
+/// A held [`RankedLock`].
+#[derive(Debug)]
+pub struct Guard<'a, T> {
+    inner: spin::MutexGuard<'a, T>,
+    rank: u8,
+}
+
+impl<T> Deref for Guard<'_, T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T> DerefMut for Guard<'_, T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+impl<T> Drop for Guard<'_, T> {
+    #[inline]
+    fn drop(&mut self) {
+        check::release(self.rank);
+    }
+}
+
+/// A readers-writer spin lock with a rank of [`rank`].
+pub struct RankedRwLock<T, const RANK: u8>(spin::RwLock<T>);
+
+impl<T, const RANK: u8> RankedRwLock<T, RANK> {
+    /// A new lock.
+    pub const fn new(v: T) -> Self {
+        Self(spin::RwLock::new(v))
+    }
+
+    /// Shared access.
+    #[inline]
+    pub fn read(&self) -> ReadGuard<'_, T> {
+        self.read_as(RANK)
+    }
+
+    /// Shared access under another rank, for the second of a pair of equals.
+    #[inline]
+    pub fn read_as(&self, rank: u8) -> ReadGuard<'_, T> {
+        check::acquire(rank);
+        ReadGuard {
+            inner: self.0.read(),
+            rank,
+        }
+    }
+
+    /// Exclusive access.
+    #[inline]
+    pub fn write(&self) -> WriteGuard<'_, T> {
+        self.write_as(RANK)
+    }
+
+    /// Exclusive access under another rank, for the second of a pair of equals.
+    #[inline]
+    pub fn write_as(&self, rank: u8) -> WriteGuard<'_, T> {
+        check::acquire(rank);
+        WriteGuard {
+            inner: self.0.write(),
+            rank,
+        }
+    }
+}
+
+impl<T: fmt::Debug, const RANK: u8> fmt::Debug for RankedRwLock<T, RANK> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.try_read() {
+            Some(g) => fmt::Debug::fmt(&*g, f),
+            None => f.write_str("<locked>"),
+        }
+    }
+}
+
+/// Shared access to a [`RankedRwLock`].
+#[derive(Debug)]
+pub struct ReadGuard<'a, T> {
+    inner: spin::RwLockReadGuard<'a, T>,
+    rank: u8,
+}
+
+impl<T> Deref for ReadGuard<'_, T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T> Drop for ReadGuard<'_, T> {
+    fn drop(&mut self) {
+        check::release(self.rank);
+    }
+}
+
+/// Exclusive access to a [`RankedRwLock`].
+#[derive(Debug)]
+pub struct WriteGuard<'a, T> {
+    inner: spin::RwLockWriteGuard<'a, T>,
+    rank: u8,
+}
+
+impl<T> Deref for WriteGuard<'_, T> {
+    type Target = T;
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.inner
+    }
+}
+
+impl<T> DerefMut for WriteGuard<'_, T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.inner
+    }
+}
+
+impl<T> Drop for WriteGuard<'_, T> {
+    fn drop(&mut self) {
+        check::release(self.rank);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "rank 32")]
+    fn taking_a_lower_rank_inside_a_higher_one_is_caught() {
+        let frames = RankedLock::<(), { rank::FRAMES }>::new(());
+        let p2m = RankedRwLock::<(), { rank::P2M }>::new(());
+        let _f = frames.lock();
+        let _p = p2m.write();
+    }
+
+    #[test]
+    fn ranks_may_be_taken_again_after_release() {
+        let a = RankedLock::<u32, { rank::EVTCHN }>::new(1);
+        let b = RankedLock::<u32, { rank::EVTCHN }>::new(2);
+        {
+            let x = a.lock();
+            let y = b.lock_as(rank::EVTCHN2);
+            assert_eq!(*x + *y, 3);
+        }
+        assert_eq!(*b.lock(), 2);
+    }
+}
