@@ -10,9 +10,11 @@
 //! - Long mode, 4-level paging, `CR0.WP`, `CR4.PAE` and `EFER.NXE` set, interrupts off, direction
 //!   flag clear, System V calling convention, return address 0 on the stack.
 //! - `rdi` and `rsp` are direct-map addresses.
-//! - Mapped: all physical memory up to the larger of 4 GiB and the top of the memory map both at
-//!   its own address and at [`DIRECT_MAP_BASE`], and the image at its link address. Everything is
-//!   writable and executable: the hypervisor builds tables of its own at once.
+//! - Mapped: physical memory up to the larger of 4 GiB and the end of RAM, both at its own
+//!   address and at [`DIRECT_MAP_BASE`], and the image at its link address. Everything is writable
+//!   and executable: the hypervisor builds tables of its own at once.
+//! - The GDT has 64-bit code (selector 8) and data (selector 16), and is the loader's; FS and GS
+//!   are null. The IDT is empty: any exception before the hypervisor loads its own is a reset.
 //! - Page tables, stack, this structure and what it refers to are inside ranges of kind
 //!   [`MemoryKind::LOADER`], except modules and symbols.
 
@@ -380,8 +382,8 @@ pub struct BootInfo {
     pub size: u32,
     /// Who filled it in.
     pub loader: LoaderKind,
-    /// [`Self::NO_REBOOT`].
-    pub flags: u32,
+    /// Keeps the layout free of padding; 0.
+    pub reserved: u32,
     /// The memory map: an array of [`MemoryRange`].
     pub memory_map: PhysRange,
     /// The ACPI root pointer; 0 = the loader found none.
@@ -416,10 +418,6 @@ impl BootInfo {
     /// (or one file), so only equality is good enough.
     pub const VERSION: u32 = 1;
 
-    /// Flag: after a crash stay where you are instead of resetting the machine. The loader's
-    /// `-noreboot` says so; `noreboot` on the hypervisor's command line means the same.
-    pub const NO_REBOOT: u32 = 1 << 0;
-
     /// A hand-over in which nothing is known but who made it.
     pub const fn new(loader: LoaderKind) -> Self {
         Self {
@@ -427,7 +425,7 @@ impl BootInfo {
             version: Self::VERSION,
             size: size_of::<Self>() as u32,
             loader,
-            flags: 0,
+            reserved: 0,
             memory_map: PhysRange::EMPTY,
             rsdp: 0,
             smbios: 0,

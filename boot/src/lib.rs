@@ -9,4 +9,10 @@
 #[cfg(test)]
 extern crate std;
 
+pub mod config;
+pub mod cpu;
+pub mod elf_load;
 pub mod info;
+pub mod memory_map;
+pub mod options;
+pub mod paging;
