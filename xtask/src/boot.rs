@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{bare, esp, paths, qemu};
+use crate::{bare, esp, paths, qemu, setup};
 
 /// Galvan's options when none are given.
 pub const OPTIONS: &str =
@@ -74,6 +74,7 @@ pub struct Args {
 
 /// Builds, boots, and waits for the machine to go off.
 pub fn boot(args: Args) -> Result<()> {
+    setup::ensure(setup::FOR_RUN)?;
     let (efi, config_name) = match args.efi {
         Some(efi) => (efi, "BOOTX64.CFG"),
         None => (bare::build(args.debug)?.efi, "galvan.cfg"),

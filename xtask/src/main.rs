@@ -2,10 +2,19 @@
 
 mod bare;
 mod boot;
+mod cache;
+mod cpio;
+mod debian;
+mod dom0;
 mod esp;
+mod image;
+mod initrd;
 mod paths;
 mod qemu;
+mod run;
+mod setup;
 mod sh;
+mod tree;
 
 use std::process::ExitCode;
 
@@ -22,6 +31,8 @@ struct Cli {
 
 #[derive(Debug, Subcommand)]
 enum Task {
+    /// Install what the other tasks need, or say what is missing.
+    Setup,
     /// Build the hypervisor and galvan.efi.
     Build {
         /// Without optimisation.
@@ -30,6 +41,10 @@ enum Task {
     },
     /// Boot galvan.efi with a given dom0 kernel and initrd; the serial port goes to stdout.
     Boot(Box<boot::Args>),
+    /// Build one bootable disk image: EFI system partition, Debian 13 as dom0, and a guest.
+    Image(image::Args),
+    /// Build everything and boot it in QEMU, with dom0's console on this terminal.
+    Run(Box<run::Args>),
 }
 
 fn main() -> ExitCode {
@@ -44,12 +59,16 @@ fn main() -> ExitCode {
 
 fn perform(task: Task) -> Result<()> {
     match task {
+        Task::Setup => setup::ensure(setup::FOR_RUN),
+        Task::Run(args) => run::run(&args),
         Task::Build { debug } => {
+            setup::ensure(setup::FOR_BUILD)?;
             let built = bare::build(debug)?;
             println!("{}", built.hypervisor.display());
             println!("{}", built.efi.display());
             Ok(())
         }
+        Task::Image(args) => image::image(&args),
         Task::Boot(args) => boot::boot(*args),
     }
 }

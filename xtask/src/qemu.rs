@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::paths;
 
 /// How the machine's processors are run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Accel {
     /// The host's processor with nested virtualisation.
     Kvm,
@@ -19,18 +19,15 @@ pub enum Accel {
 }
 
 impl Accel {
-    /// KVM when it is there and lets its guest virtualise, else TCG.
+    /// KVM when it is there and gives its guest AMD-V, else TCG. A host that gives its guest VT-x
+    /// gets TCG as well, until Galvan drives VT-x.
     pub fn best() -> Self {
         let usable = fs::OpenOptions::new()
             .read(true)
             .write(true)
             .open("/dev/kvm")
             .is_ok();
-        let nested = ["kvm_amd", "kvm_intel"].iter().any(|module| {
-            fs::read_to_string(format!("/sys/module/{module}/parameters/nested"))
-                .is_ok_and(|text| matches!(text.trim(), "1" | "Y" | "y"))
-        });
-        if usable && nested {
+        if usable && nested("kvm_amd") {
             Self::Kvm
         } else {
             Self::Tcg
@@ -38,12 +35,20 @@ impl Accel {
     }
 }
 
+fn nested(module: &str) -> bool {
+    fs::read_to_string(format!("/sys/module/{module}/parameters/nested"))
+        .is_ok_and(|text| matches!(text.trim(), "1" | "Y" | "y"))
+}
+
 impl std::fmt::Display for Accel {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str(match self {
             Self::Kvm => "KVM with nested virtualisation",
+            Self::Tcg if nested("kvm_intel") => {
+                "TCG, QEMU's emulation of AMD-V (this host's KVM offers VT-x, which is not driven yet)"
+            }
             Self::Tcg => {
-                "TCG, QEMU's own emulation of AMD-V (this host has no KVM with nested virtualisation)"
+                "TCG, QEMU's emulation of AMD-V (this host has no KVM with nested virtualisation)"
             }
         })
     }
@@ -116,7 +121,6 @@ impl Machine {
     pub fn command(&self) -> Result<Command> {
         let (code, vars) = firmware()?;
         let mut qemu = Command::new(binary()?);
-        let iommu = self.iommu && self.accel == Accel::Tcg;
         match self.accel {
             Accel::Kvm => qemu.args([
                 "-accel",
@@ -139,7 +143,7 @@ impl Machine {
             "-smp",
             &self.smp.to_string(),
         ]);
-        if iommu {
+        if self.iommu {
             qemu.args(["-device", "amd-iommu"]);
         }
         for (unit, file, readonly) in [(0, &code, "on"), (1, &vars, "off")] {
@@ -206,22 +210,31 @@ pub fn binary() -> Result<PathBuf> {
     })
 }
 
+/// Where distributions put the firmware's code and variables.
+const PAIRS: [(&str, &str); 3] = [
+    (
+        "/usr/share/OVMF/OVMF_CODE_4M.fd",
+        "/usr/share/OVMF/OVMF_VARS_4M.fd",
+    ),
+    (
+        "/usr/share/OVMF/OVMF_CODE.fd",
+        "/usr/share/OVMF/OVMF_VARS.fd",
+    ),
+    (
+        "/usr/share/edk2/x64/OVMF_CODE.4m.fd",
+        "/usr/share/edk2/x64/OVMF_VARS.4m.fd",
+    ),
+];
+
+/// Whether there is any firmware to boot with.
+pub fn has_firmware() -> bool {
+    PAIRS
+        .iter()
+        .any(|(code, vars)| Path::new(code).exists() && Path::new(vars).exists())
+}
+
 /// The firmware's code, and a fresh copy of its variables for one machine.
 fn firmware() -> Result<(PathBuf, PathBuf)> {
-    const PAIRS: [(&str, &str); 3] = [
-        (
-            "/usr/share/OVMF/OVMF_CODE_4M.fd",
-            "/usr/share/OVMF/OVMF_VARS_4M.fd",
-        ),
-        (
-            "/usr/share/OVMF/OVMF_CODE.fd",
-            "/usr/share/OVMF/OVMF_VARS.fd",
-        ),
-        (
-            "/usr/share/edk2/x64/OVMF_CODE.4m.fd",
-            "/usr/share/edk2/x64/OVMF_VARS.4m.fd",
-        ),
-    ];
     for (code, vars) in PAIRS {
         if Path::new(code).exists() && Path::new(vars).exists() {
             fs::create_dir_all(paths::out())?;

@@ -1,0 +1,142 @@
+//! `cargo xtask run`: the main job. Builds Galvan and the image, boots it in QEMU through OVMF, and
+//! leaves the user at dom0's console.
+
+use std::net::TcpListener;
+
+use anyhow::Result;
+
+use crate::{bare, debian, dom0, image, qemu, setup, sh};
+
+/// Build everything and boot it in QEMU, with dom0's console on this terminal.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Processors of the machine.
+    #[arg(long, default_value_t = 2)]
+    smp: u32,
+    /// Memory of the machine, MiB.
+    #[arg(long, default_value_t = 4096)]
+    mem: u32,
+    /// The disk's controller.
+    #[arg(long, value_enum, default_value = "nvme")]
+    bus: qemu::DiskBus,
+    /// Run the processors this way, whatever the host has.
+    #[arg(long, value_enum)]
+    accel: Option<qemu::Accel>,
+    /// Keep what is written to the disk for the next run.
+    #[arg(long)]
+    keep: bool,
+    /// Boot stock Xen of Debian instead, to compare.
+    #[arg(long)]
+    stock: bool,
+    /// Galvan's options in galvan.cfg.
+    #[arg(long, default_value = image::OPTIONS)]
+    options: String,
+    /// dom0's kernel command line.
+    #[arg(long, default_value = dom0::CMDLINE)]
+    cmdline: String,
+    /// One more argument for QEMU (may be repeated).
+    #[arg(long, allow_hyphen_values = true)]
+    qemu_arg: Vec<String>,
+}
+
+/// The hypervisor on the image: a UEFI application, and what goes with it.
+#[derive(Debug)]
+pub struct Hypervisor {
+    efi: std::path::PathBuf,
+    config_name: &'static str,
+    more_options: &'static str,
+}
+
+impl Hypervisor {
+    /// Galvan, built now.
+    pub fn galvan() -> Result<Self> {
+        Ok(Self {
+            efi: bare::build(false)?.efi,
+            config_name: "galvan.cfg",
+            more_options: "",
+        })
+    }
+
+    /// Stock Xen, fetched from Debian.
+    pub fn stock() -> Result<Self> {
+        Ok(Self {
+            efi: debian::stock_xen(&debian::Archive::open()?)?,
+            config_name: "BOOTX64.CFG",
+            more_options: " dom0=pvh",
+        })
+    }
+
+    /// What to put on an EFI system partition to start a kernel with it.
+    pub fn contents(
+        &self,
+        options: &str,
+        cmdline: &str,
+        kernel: &std::path::Path,
+        initrd: &std::path::Path,
+    ) -> crate::esp::Contents {
+        crate::esp::Contents {
+            efi: self.efi.clone(),
+            config: crate::esp::config(&format!("{options}{}", self.more_options), cmdline, true),
+            config_name: self.config_name.to_owned(),
+            kernel: kernel.to_owned(),
+            initrd: Some(initrd.to_owned()),
+        }
+    }
+}
+
+/// Does it all.
+pub fn run(args: &Args) -> Result<()> {
+    setup::ensure(setup::FOR_RUN)?;
+    let hypervisor = if args.stock {
+        Hypervisor::stock()?
+    } else {
+        Hypervisor::galvan()?
+    };
+    let dom0 = image::default_dom0()?;
+    let contents = hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, &dom0.initrd);
+    let disk = image::for_emulator(&contents, &dom0)?;
+
+    let mut machine = qemu::Machine::new(&disk);
+    if let Some(accel) = args.accel {
+        machine.accel = accel;
+    }
+    machine.boot_bus = args.bus;
+    machine.smp = args.smp;
+    machine.mem = args.mem;
+    machine.snapshot = !args.keep;
+    machine.no_reboot = false;
+    machine.interactive = true;
+    machine.ssh_port = free_port();
+    machine.extra.clone_from(&args.qemu_arg);
+
+    eprintln!();
+    eprintln!(
+        "Machine: {} processors, {} MiB, UEFI, {}",
+        args.smp, args.mem, machine.accel
+    );
+    if machine.accel == qemu::Accel::Tcg {
+        eprintln!("         which is slow: the prompt of dom0 takes a minute or so");
+    }
+    if let Some(port) = machine.ssh_port {
+        let key = dom0::ssh_key()?.0;
+        eprintln!("ssh:     ssh -i {} -p {port} root@127.0.0.1", key.display());
+    }
+    if !args.keep {
+        eprintln!("Disk:    what is written to it is forgotten at the end (--keep keeps it)");
+    }
+    eprintln!("To leave: `poweroff` in dom0, or Ctrl-A x, which switches the machine off");
+    eprintln!();
+
+    let result = sh::through(&mut machine.command()?);
+    qemu::clean_up();
+    result
+}
+
+/// A TCP port for ssh: 2222, or any that is free.
+fn free_port() -> Option<u16> {
+    TcpListener::bind(("127.0.0.1", 2222))
+        .or_else(|_| TcpListener::bind(("127.0.0.1", 0)))
+        .and_then(|listener| listener.local_addr())
+        .map(|address| address.port())
+        .ok()
+}
