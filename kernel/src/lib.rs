@@ -1,2 +1,9 @@
-//! kernel
+//! The hypervisor's policy: everything that decides and nothing that touches the machine.
 #![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+pub mod cmdline;
