@@ -120,6 +120,8 @@ struct PciFunction {
 }
 
 type Hook = Arc<dyn Fn(&FakeMachine) + Send + Sync>;
+/// What [`FakeMachine::on_store`] calls.
+pub type StoreHook = Arc<dyn Fn(&FakeMachine, Mfn) + Send + Sync>;
 
 #[derive(Default)]
 struct Inner {
@@ -141,6 +143,7 @@ struct Inner {
     on_interrupts: Option<Hook>,
     on_idle: Option<Hook>,
     on_relax: Option<Hook>,
+    on_store: Option<StoreHook>,
     interrupt_windows: u64,
     idles: u64,
 }
@@ -160,6 +163,7 @@ pub struct FakeMachine {
     msi_limit: u32,
     iommu: FakeIommu,
     iommu_in_use: AtomicBool,
+    stores_watched: AtomicBool,
     inner: Mutex<Inner>,
 }
 
@@ -199,6 +203,7 @@ impl FakeMachine {
             msi_limit: u32::MAX,
             iommu: FakeIommu::default(),
             iommu_in_use: AtomicBool::new(false),
+            stores_watched: AtomicBool::new(false),
             inner: Mutex::default(),
         }
     }
@@ -264,6 +269,22 @@ impl FakeMachine {
     pub fn is_zero(&self, m: Mfn) -> bool {
         self.if_present(m)
             .is_none_or(|p| p.0.iter().all(|w| w.load(Ordering::Acquire) == 0))
+    }
+
+    /// Calls `f` with the frame after each `store_u64` and `cmpxchg_u64`: what another CPU or a
+    /// device could see at that moment. `None` ends it.
+    pub fn on_store(&self, f: Option<StoreHook>) {
+        self.stores_watched.store(f.is_some(), Ordering::SeqCst);
+        self.inner().on_store = f;
+    }
+
+    fn stored(&self, m: Mfn) {
+        if self.stores_watched.load(Ordering::SeqCst) {
+            let hook = self.inner().on_store.clone();
+            if let Some(hook) = hook {
+                hook(self, m);
+            }
+        }
     }
 
     fn if_present(&self, m: Mfn) -> Option<Arc<Page>> {
@@ -512,6 +533,7 @@ impl HostMem for FakeMachine {
     fn store_u64(&self, m: Mfn, off: usize, v: u64) -> Result<(), MemFault> {
         self.check(m, off, 8, 8)?;
         self.page(m).0[off / 8].store(v, Ordering::Release);
+        self.stored(m);
         Ok(())
     }
 
@@ -525,7 +547,9 @@ impl HostMem for FakeMachine {
     }
 
     fn cmpxchg_u64(&self, m: Mfn, off: usize, old: u64, new: u64) -> Result<u64, MemFault> {
-        self.update64(m, off, |v| if v == old { new } else { v })
+        let found = self.update64(m, off, |v| if v == old { new } else { v })?;
+        self.stored(m);
+        Ok(found)
     }
 
     fn cmpxchg_u32(&self, m: Mfn, off: usize, old: u32, new: u32) -> Result<u32, MemFault> {

@@ -1,0 +1,542 @@
+//! The tree: lookup, change, split, and the care for table pages.
+//!
+//! Levels are counted from 0 (entries of 4 KiB) to 3 (the root, entries of 512 GiB, which never map
+//! a page).
+
+use core::ops::Range;
+
+use galvan_base::hw::{Exhausted, HostMem, MemFault};
+use galvan_base::{Gfn, Mfn, PageOrder};
+
+use crate::pte::{Slot, order_of};
+use crate::{Attrs, Budget, Entry, Format, PendingFlush, TableAlloc};
+
+const ENTRIES: u64 = 512;
+const ROOT: u8 = 3;
+
+/// Why a table was not changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Error {
+    /// No page for a table.
+    Exhausted,
+    /// The guest frame lies beyond the 48 address bits of four levels.
+    OutOfRange,
+    /// A frame number is not aligned to the page size.
+    Unaligned,
+    /// Not a page size that the table may use.
+    BadOrder,
+}
+
+impl From<Exhausted> for Error {
+    fn from(_: Exhausted) -> Self {
+        Error::Exhausted
+    }
+}
+
+/// Guest frames `gfn..gfn + frames` and the machine frames from `mfn` on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    /// The first guest frame.
+    pub gfn: Gfn,
+    /// The machine frame for it.
+    pub mfn: Mfn,
+    /// How many frames.
+    pub frames: u64,
+}
+
+/// One second-stage table. Dropping it leaks its pages: see [`Table::destroy`].
+#[derive(Debug)]
+pub struct Table {
+    format: Format,
+    root: Mfn,
+    max_order: PageOrder,
+}
+
+/// Frames that an entry of a table of `level` stands for.
+const fn span(level: u8) -> u64 {
+    1 << (9 * level as u32)
+}
+
+fn offset(gfn: Gfn, level: u8) -> usize {
+    ((gfn.get() >> (9 * u32::from(level))) % ENTRIES) as usize * 8
+}
+
+/// The level whose entries map pages of `order`.
+fn level_of(order: PageOrder) -> Result<u8, Error> {
+    match order {
+        PageOrder::P4K => Ok(0),
+        PageOrder::P2M => Ok(1),
+        PageOrder::P1G => Ok(2),
+        _ => Err(Error::BadOrder),
+    }
+}
+
+/// Table pages are RAM that the owner of the table allocated: an access to one fails only if the
+/// hypervisor's own books are wrong, and then nothing can be trusted.
+fn ours<T>(r: Result<T, MemFault>) -> T {
+    r.expect("a second-stage table page is RAM")
+}
+
+/// Where a walk ended.
+struct Place {
+    table: Mfn,
+    level: u8,
+    raw: u64,
+}
+
+impl Table {
+    /// Guest frames below this can be mapped.
+    pub const LIMIT: Gfn = Gfn::new_truncate(ENTRIES * span(ROOT));
+
+    /// An empty table that uses pages up to `max_order`.
+    pub fn new<A: TableAlloc + ?Sized>(
+        env: &A,
+        format: Format,
+        max_order: PageOrder,
+    ) -> Result<Self, Exhausted> {
+        Ok(Table {
+            format,
+            root: env.alloc()?,
+            max_order,
+        })
+    }
+
+    /// The format.
+    pub fn format(&self) -> Format {
+        self.format
+    }
+
+    /// The root page, of a tree of four levels.
+    pub fn root(&self) -> Mfn {
+        self.root
+    }
+
+    /// The largest page the table uses.
+    pub fn max_order(&self) -> PageOrder {
+        order_of(self.max_level())
+    }
+
+    fn max_level(&self) -> u8 {
+        match self.max_order.get() {
+            18.. => 2,
+            9.. => 1,
+            _ => 0,
+        }
+    }
+
+    /// What the table says about a guest frame.
+    #[inline]
+    pub fn lookup<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn) -> Entry {
+        if gfn >= Self::LIMIT {
+            return Entry {
+                mfn: Mfn::new_truncate(0),
+                order: PageOrder::P1G,
+                attrs: Attrs::NONE,
+                accessed: false,
+                dirty: false,
+            };
+        }
+        let mut table = self.root;
+        let mut level = ROOT;
+        loop {
+            let raw = ours(mem.load_u64(table, offset(gfn, level)));
+            match self.format.decode(raw, level) {
+                // Entries of level 0 decode to no table.
+                Slot::Table(next) => {
+                    table = next;
+                    level = level.saturating_sub(1);
+                }
+                Slot::Leaf(e) => return within(e, gfn, level, raw),
+            }
+        }
+    }
+
+    /// Maps one page at `gfn`, which replaces whatever was there, down to single pages; with attributes
+    /// that do not allow reads, leaves a hole there that remembers `mfn` and the software type.
+    ///
+    /// # Errors
+    /// Nothing that translated before is changed.
+    pub fn map<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        gfn: Gfn,
+        mfn: Mfn,
+        order: PageOrder,
+        attrs: Attrs,
+        pending: &mut PendingFlush,
+    ) -> Result<(), Error> {
+        let level = level_of(order)?;
+        if level > self.max_level() {
+            return Err(Error::BadOrder);
+        }
+        if gfn >= Self::LIMIT {
+            return Err(Error::OutOfRange);
+        }
+        if !gfn.is_aligned(order) || !mfn.is_aligned(order) {
+            return Err(Error::Unaligned);
+        }
+        let raw = self.format.leaf(mfn, level, attrs);
+        self.set(env, gfn, level, raw, pending)
+    }
+
+    /// Removes one page at `gfn`, or all pages within an aligned range of that size.
+    pub fn unmap<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        gfn: Gfn,
+        order: PageOrder,
+        pending: &mut PendingFlush,
+    ) -> Result<(), Error> {
+        let level = level_of(order)?;
+        if gfn >= Self::LIMIT {
+            return Err(Error::OutOfRange);
+        }
+        if !gfn.is_aligned(order) {
+            return Err(Error::Unaligned);
+        }
+        self.set(env, gfn, level, 0, pending)
+    }
+
+    /// Maps a run of frames with the largest pages that fit, replacing what was there. Takes what it
+    /// has done off the front of `run`, and stops early when the budget is spent.
+    pub fn map_run<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        run: &mut Run,
+        attrs: Attrs,
+        budget: &mut Budget,
+        pending: &mut PendingFlush,
+    ) -> Result<(), Error> {
+        while run.frames > 0 && budget.spend() {
+            let fits = |level: u8| {
+                let order = order_of(level);
+                run.frames >= span(level) && run.gfn.is_aligned(order) && run.mfn.is_aligned(order)
+            };
+            let level = (0..=self.max_level()).rev().find(|l| fits(*l)).unwrap_or(0);
+            self.map(env, run.gfn, run.mfn, order_of(level), attrs, pending)?;
+            let n = span(level);
+            run.frames -= n;
+            // The last run of an address space ends at a frame number that does not exist.
+            if run.frames > 0 {
+                run.gfn = run.gfn.checked_add(n).ok_or(Error::OutOfRange)?;
+                run.mfn = run.mfn.checked_add(n).ok_or(Error::OutOfRange)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes everything in a range. Takes what it has done off the front of `range`, and stops
+    /// early when the budget is spent.
+    pub fn unmap_range<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        range: &mut Range<Gfn>,
+        budget: &mut Budget,
+        pending: &mut PendingFlush,
+    ) -> Result<(), Error> {
+        range.end = range.end.min(Self::LIMIT);
+        while range.start < range.end && budget.spend() {
+            let gfn = range.start;
+            let left = range.end.get() - gfn.get();
+            let whole = |level: u8| left >= span(level) && gfn.get().is_multiple_of(span(level));
+            let level = (0..ROOT).rev().find(|l| whole(*l)).unwrap_or(0);
+            let place = self.walk(env.mem(), gfn, level);
+            let step = if place.raw == 0 {
+                to_end_of(gfn, place.level)
+            } else {
+                self.set(env, gfn, level, 0, pending)?;
+                span(level)
+            };
+            range.start = advance(gfn, step.min(left));
+        }
+        Ok(())
+    }
+
+    /// Gives the entries in a range new attributes: `f` is asked with the first guest frame and the
+    /// entry, and answers with the attributes to set, if any. Pages that are only partly in the
+    /// range, or about which `f` says something, are split where they cross its ends; then `f` is
+    /// asked again about the pieces. Holes without a software type are skipped.
+    ///
+    /// Takes what it has done off the front of `range`, and stops early when the budget is spent.
+    pub fn change<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        range: &mut Range<Gfn>,
+        budget: &mut Budget,
+        pending: &mut PendingFlush,
+        mut f: impl FnMut(Gfn, &Entry) -> Option<Attrs>,
+    ) -> Result<(), Error> {
+        range.end = range.end.min(Self::LIMIT);
+        while range.start < range.end && budget.spend() {
+            let gfn = range.start;
+            let left = range.end.get() - gfn.get();
+            let place = self.walk(env.mem(), gfn, 0);
+            if place.raw == 0 {
+                range.start = advance(gfn, to_end_of(gfn, place.level).min(left));
+                continue;
+            }
+            let mut place = place;
+            while let Slot::Leaf(entry) = self.format.decode(place.raw, place.level) {
+                let size = span(place.level);
+                let start = Gfn::new_truncate(gfn.get() & !(size - 1));
+                let inside = start == gfn && size <= left;
+                let here = within(entry, gfn, place.level, place.raw);
+                let wanted = f(gfn, &here).map(|a| self.format.normalize(a));
+                match wanted {
+                    Some(a) if a != entry.attrs => {
+                        if !inside {
+                            self.reach(env, gfn, place.level - 1)?;
+                            break;
+                        }
+                        let off = offset(gfn, place.level);
+                        let used = self.format.used_bits();
+                        let mut new = self.format.leaf(entry.mfn, place.level, a);
+                        if a.read && entry.attrs.read {
+                            new |= place.raw & used;
+                        }
+                        let found = ours(env.mem().cmpxchg_u64(place.table, off, place.raw, new));
+                        if found != place.raw {
+                            // The processor has set an accessed or dirty bit meanwhile.
+                            place.raw = found;
+                            continue;
+                        }
+                        env.written(place.table, off, 8);
+                        if self.takes_away(place.raw, new, place.level) {
+                            pending.need();
+                        }
+                    }
+                    _ => {}
+                }
+                range.start = advance(gfn, to_end_of(gfn, place.level).min(left));
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// The first entry that is not an empty hole at or after `gfn` and before `end`, with the guest
+    /// frame at which it lies in that range. Skips at most `budget` entries; gives `Err` with where
+    /// to go on when it is spent.
+    pub fn next<M: HostMem + ?Sized>(
+        &self,
+        mem: &M,
+        mut gfn: Gfn,
+        end: Gfn,
+        budget: &mut Budget,
+    ) -> Result<Option<(Gfn, Entry)>, Gfn> {
+        let end = end.min(Self::LIMIT);
+        while gfn < end {
+            if !budget.spend() {
+                return Err(gfn);
+            }
+            let place = self.walk(mem, gfn, 0);
+            if place.raw != 0
+                && let Slot::Leaf(e) = self.format.decode(place.raw, place.level)
+            {
+                return Ok(Some((gfn, within(e, gfn, place.level, place.raw))));
+            }
+            let left = end.get() - gfn.get();
+            gfn = advance(gfn, to_end_of(gfn, place.level).min(left));
+        }
+        Ok(None)
+    }
+
+    /// Frees all pages but the root. Nothing may use the table any more, TLBs included. True when
+    /// all is done; false when the budget was spent before, and then it is called again.
+    pub fn clear<A: TableAlloc + ?Sized>(&mut self, env: &A, budget: &mut Budget) -> bool {
+        self.clear_below(env, self.root, ROOT, budget)
+    }
+
+    /// Frees the root of a table that is empty ([`Table::clear`]).
+    pub fn destroy<A: TableAlloc + ?Sized>(self, env: &A) {
+        env.free(self.root);
+    }
+
+    /// Empties one table page, freeing the tables below it.
+    fn clear_below<A: TableAlloc + ?Sized>(
+        &self,
+        env: &A,
+        table: Mfn,
+        level: u8,
+        budget: &mut Budget,
+    ) -> bool {
+        for off in (0..ENTRIES as usize).map(|i| i * 8) {
+            let raw = ours(env.mem().load_u64(table, off));
+            if raw == 0 {
+                continue;
+            }
+            if let Slot::Table(next) = self.format.decode(raw, level) {
+                if level > 1 && !self.clear_below(env, next, level - 1, budget) {
+                    return false;
+                }
+                if !budget.spend() {
+                    return false;
+                }
+                ours(env.mem().store_u64(table, off, 0));
+                env.free(next);
+            } else {
+                ours(env.mem().store_u64(table, off, 0));
+            }
+        }
+        true
+    }
+
+    /// Frees a subtree that was cut off and that no walk is in any more.
+    pub(crate) fn free_subtree<A: TableAlloc + ?Sized>(
+        env: &A,
+        table: Mfn,
+        format: Format,
+        level: u8,
+    ) {
+        if level > 0 {
+            for off in (0..ENTRIES as usize).map(|i| i * 8) {
+                let raw = ours(env.mem().load_u64(table, off));
+                if let Slot::Table(next) = format.decode(raw, level) {
+                    Self::free_subtree(env, next, format, level - 1);
+                }
+            }
+        }
+        env.free(table);
+    }
+
+    /// Walks towards `gfn` until an entry that is no table, or down to `level`.
+    fn walk<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn, level: u8) -> Place {
+        let mut table = self.root;
+        let mut at = ROOT;
+        loop {
+            let raw = ours(mem.load_u64(table, offset(gfn, at)));
+            match self.format.decode(raw, at) {
+                Slot::Table(next) if at > level => {
+                    table = next;
+                    at -= 1;
+                }
+                _ => {
+                    return Place {
+                        table,
+                        level: at,
+                        raw,
+                    };
+                }
+            }
+        }
+    }
+
+    /// The table of `level` that `gfn` lies in, made if it is not there: from a page by splitting it
+    /// into equal parts, which changes no translation.
+    fn reach<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        gfn: Gfn,
+        level: u8,
+    ) -> Result<Mfn, Exhausted> {
+        let mem = env.mem();
+        let mut table = self.root;
+        for at in (level + 1..=ROOT).rev() {
+            let off = offset(gfn, at);
+            let mut raw = ours(mem.load_u64(table, off));
+            if let Slot::Table(next) = self.format.decode(raw, at) {
+                table = next;
+                continue;
+            }
+            let new = env.alloc()?;
+            loop {
+                if let Slot::Leaf(e) = self.format.decode(raw, at)
+                    && raw != 0
+                {
+                    self.fill(env, new, &e, raw, at - 1);
+                }
+                // Complete before it can be reached; a store by the processor to the accessed and
+                // dirty bits in between must not be lost.
+                let found = ours(mem.cmpxchg_u64(table, off, raw, self.format.table(new, at)));
+                if found == raw {
+                    break;
+                }
+                raw = found;
+            }
+            env.written(table, off, 8);
+            table = new;
+        }
+        Ok(table)
+    }
+
+    /// Fills a new table of `level` with the parts of an entry of the level above.
+    fn fill<A: TableAlloc + ?Sized>(&self, env: &A, new: Mfn, e: &Entry, raw: u64, level: u8) {
+        let used = if e.is_present() {
+            raw & self.format.used_bits()
+        } else {
+            0
+        };
+        for i in 0..ENTRIES {
+            let mfn = Mfn::new_truncate(e.mfn.get() + i * span(level));
+            let part = self.format.leaf(mfn, level, e.attrs) | used;
+            ours(env.mem().store_u64(new, i as usize * 8, part));
+        }
+        env.written(new, 0, ENTRIES as usize * 8);
+    }
+
+    /// Puts `new` into the entry of `level` for `gfn`.
+    fn set<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        gfn: Gfn,
+        level: u8,
+        new: u64,
+        pending: &mut PendingFlush,
+    ) -> Result<(), Error> {
+        if new == 0 && self.walk(env.mem(), gfn, level).raw == 0 {
+            return Ok(());
+        }
+        let table = self.reach(env, gfn, level)?;
+        let off = offset(gfn, level);
+        let old = ours(env.mem().load_u64(table, off));
+        let subtree = match self.format.decode(old, level) {
+            Slot::Table(t) => {
+                pending.reserve()?;
+                Some(t)
+            }
+            Slot::Leaf(_) => None,
+        };
+        ours(env.mem().store_u64(table, off, new));
+        env.written(table, off, 8);
+        match subtree {
+            Some(t) => pending.retire(t, self.format, level - 1),
+            None if self.takes_away(old, new, level) => pending.need(),
+            None => {}
+        }
+        Ok(())
+    }
+
+    /// Whether a TLB filled from `old` could allow or reach what `new` does not. More access to the
+    /// same frame needs no flush: a processor whose TLB forbids an access walks again before it
+    /// faults, and no TLB of either vendor keeps what is not present.
+    fn takes_away(&self, old: u64, new: u64, level: u8) -> bool {
+        match (
+            self.format.decode(old, level),
+            self.format.decode(new, level),
+        ) {
+            (Slot::Leaf(o), Slot::Leaf(n)) => {
+                o.is_present() && !(n.is_present() && n.mfn == o.mfn && n.attrs.covers(o.attrs))
+            }
+            _ => true,
+        }
+    }
+}
+
+/// An entry as seen from one guest frame in it.
+#[inline]
+fn within(mut e: Entry, gfn: Gfn, level: u8, raw: u64) -> Entry {
+    if raw != 0 {
+        e.mfn = Mfn::new_truncate(e.mfn.get() + (gfn.get() & (span(level) - 1)));
+    }
+    e
+}
+
+/// Frames from `gfn` to the end of the entry of `level` that it lies in.
+fn to_end_of(gfn: Gfn, level: u8) -> u64 {
+    span(level) - (gfn.get() & (span(level) - 1))
+}
+
+/// The guest frame `n` further on; below or at [`Table::LIMIT`] by the caller's arithmetic.
+fn advance(gfn: Gfn, n: u64) -> Gfn {
+    Gfn::new_truncate(gfn.get() + n)
+}
