@@ -16,8 +16,10 @@
 //! Deliberate limits: six LVT entries (version 0x50014), no EOI-broadcast suppression, the ID is
 //! read-only, the page cannot be moved from 0xfee00000 (an attempt is #GP).
 
+mod address;
 mod bitmap;
 mod save;
+mod spec;
 mod timer;
 
 #[cfg(test)]
@@ -25,8 +27,10 @@ mod tests;
 
 use crate::interrupt::{DeliveryMode, Destination};
 use bitmap::Bitmap;
+use spec::*;
 use timer::Timer;
 
+pub use address::{ApicAddress, lowest_priority};
 pub use save::{BadRecord, HiddenState, REGS_LEN};
 pub use timer::{MIN_PERIOD_NS, TICK_NS};
 
@@ -776,94 +780,6 @@ impl Vlapic {
     }
 }
 
-/// The destinations that reach an APIC, in one word that the vCPU publishes in an atomic: senders
-/// match against it without the vCPU's lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ApicAddress(u64);
-
-// Bits 31:0 are the id, 39:32 the xAPIC logical address, 42:40 the kind, 43 software-enabled.
-impl ApicAddress {
-    const DISABLED: u64 = 0;
-    const FLAT: u64 = 1;
-    const CLUSTER: u64 = 2;
-    const X2APIC: u64 = 3;
-    const X2APIC_COMPACT: u64 = 4;
-
-    const fn pack(id: u32, ldr: u8, kind: u64, enabled: bool) -> Self {
-        Self(id as u64 | (ldr as u64) << 32 | kind << 40 | (enabled as u64) << 43)
-    }
-
-    /// As published.
-    #[inline]
-    pub const fn from_bits(bits: u64) -> Self {
-        Self(bits)
-    }
-
-    /// To publish.
-    #[inline]
-    pub const fn bits(self) -> u64 {
-        self.0
-    }
-
-    /// APIC id.
-    #[inline]
-    pub const fn id(self) -> u32 {
-        self.0 as u32
-    }
-
-    /// Whether vectored interrupts are accepted; NMI, SMI, INIT and start-up are in any case that
-    /// matches.
-    #[inline]
-    pub const fn accepts_vectors(self) -> bool {
-        self.0 >> 43 & 1 != 0
-    }
-
-    /// Whether an interrupt to `d` is for this APIC (Intel SDM "Determining IPI Destination",
-    /// "Logical Destination Mode in x2APIC Mode").
-    #[inline]
-    pub const fn matches(self, d: Destination) -> bool {
-        let kind = self.0 >> 40 & 7;
-        if kind == Self::DISABLED {
-            return false;
-        }
-        if d.id == Destination::BROADCAST {
-            return true;
-        }
-        if !d.logical {
-            return d.id == self.id();
-        }
-        let ldr = (self.0 >> 32) as u8 as u32;
-        match kind {
-            Self::FLAT => d.id == 0xff || d.id <= 0xff && d.id & ldr != 0,
-            Self::CLUSTER => d.id == 0xff || d.id >> 4 == ldr >> 4 && d.id & ldr & 0xf != 0,
-            _ => {
-                let ldr = self.x2apic_ldr();
-                d.id >> 16 == ldr >> 16 && d.id & ldr & 0xffff != 0
-            }
-        }
-    }
-
-    /// The x2APIC logical address: cluster in the upper half, one bit of 16 in the lower.
-    const fn x2apic_ldr(self) -> u32 {
-        let id = if self.0 >> 40 & 7 == Self::X2APIC_COMPACT {
-            self.id() >> 1
-        } else {
-            self.id()
-        };
-        (id >> 4) << 16 | 1 << (id & 15)
-    }
-}
-
-/// Chooses the receiver of a lowest-priority interrupt among `candidates`, pairs of vCPU number and
-/// processor priority: the lowest class, and among equals the next one after `last`, so that they
-/// take turns.
-pub fn lowest_priority(candidates: impl IntoIterator<Item = (u32, u8)>, last: u32) -> Option<u32> {
-    candidates
-        .into_iter()
-        .min_by_key(|&(vcpu, ppr)| (ppr >> 4, vcpu.wrapping_sub(last).wrapping_sub(1)))
-        .map(|(vcpu, _)| vcpu)
-}
-
 /// The mode that a value of IA32_APIC_BASE selects; #GP if it is no valid value at all.
 fn base_mode(v: u64, x2apic: bool) -> Result<Mode, Gp> {
     if v & !(BASE_BSP | BASE_EXTEND | BASE_ENABLE) != MMIO_BASE {
@@ -881,67 +797,4 @@ fn base_mode(v: u64, x2apic: bool) -> Result<Mode, Gp> {
 #[inline]
 const fn needs_time(r: u32) -> bool {
     matches!(r, reg::SVR | reg::LVT | reg::TMICT | reg::TMCCT | reg::DCR)
-}
-
-const FIRST_VECTOR: u8 = 16;
-const VERSION: u32 = 0x50014;
-const LVTS: usize = 6;
-
-const BASE_BSP: u64 = 1 << 8;
-const BASE_EXTEND: u64 = 1 << 10;
-const BASE_ENABLE: u64 = 1 << 11;
-
-const SVR_ENABLE: u32 = 1 << 8;
-/// Vector, enable, and the focus-processor bit that some processors still store.
-const SVR_WRITABLE: u32 = 0x3ff;
-
-const LVT_MODE: u32 = 7 << 8;
-const LVT_STATUS: u32 = 1 << 12;
-const LVT_POLARITY: u32 = 1 << 13;
-const LVT_REMOTE_IRR: u32 = 1 << 14;
-const LVT_LEVEL: u32 = 1 << 15;
-const LVT_MASKED: u32 = 1 << 16;
-const EXTINT: u32 = 7 << 8;
-
-const ICR_LOGICAL: u32 = 1 << 11;
-const ICR_BUSY: u32 = 1 << 12;
-const ICR_ASSERT: u32 = 1 << 14;
-const ICR_LEVEL: u32 = 1 << 15;
-const ICR_STORED: u32 = 0x000c_cfff;
-/// The busy bit is not among them: it is read-only.
-const ICR_RESERVED: u32 = !(ICR_STORED | ICR_BUSY);
-
-const ESR_SEND_ILLEGAL: u32 = 1 << 5;
-const ESR_RECEIVE_ILLEGAL: u32 = 1 << 6;
-const ESR_ILLEGAL_REGISTER: u32 = 1 << 7;
-const ESR_BITS: u32 = ESR_SEND_ILLEGAL | ESR_RECEIVE_ILLEGAL | ESR_ILLEGAL_REGISTER;
-
-/// Register numbers: offset in the page / 16, or MSR - 0x800.
-mod reg {
-    pub(super) const ID: u32 = 0x02;
-    pub(super) const VERSION: u32 = 0x03;
-    pub(super) const TPR: u32 = 0x08;
-    pub(super) const APR: u32 = 0x09;
-    pub(super) const PPR: u32 = 0x0a;
-    pub(super) const EOI: u32 = 0x0b;
-    pub(super) const LDR: u32 = 0x0d;
-    pub(super) const DFR: u32 = 0x0e;
-    pub(super) const SVR: u32 = 0x0f;
-    pub(super) const ISR: u32 = 0x10;
-    pub(super) const ISR_LAST: u32 = 0x17;
-    pub(super) const TMR: u32 = 0x18;
-    pub(super) const TMR_LAST: u32 = 0x1f;
-    pub(super) const IRR: u32 = 0x20;
-    pub(super) const IRR_LAST: u32 = 0x27;
-    pub(super) const ESR: u32 = 0x28;
-    pub(super) const ICR: u32 = 0x30;
-    pub(super) const ICR2: u32 = 0x31;
-    /// The timer's LVT entry; the other five follow.
-    pub(super) const LVT: u32 = 0x32;
-    pub(super) const LVT_OTHERS: u32 = 0x33;
-    pub(super) const LVT_LAST: u32 = 0x37;
-    pub(super) const TMICT: u32 = 0x38;
-    pub(super) const TMCCT: u32 = 0x39;
-    pub(super) const DCR: u32 = 0x3e;
-    pub(super) const SELF_IPI: u32 = 0x3f;
 }

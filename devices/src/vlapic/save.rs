@@ -4,11 +4,10 @@
 //! Posted interrupts must have been taken over before saving. Loading changes nothing unless all
 //! of both records is valid.
 
+use super::bitmap::Bitmap;
+use super::spec::*;
 use super::timer::{self, Timer};
-use super::{
-    Bitmap, ESR_BITS, FIRST_VECTOR, ICR_STORED, LVT_REMOTE_IRR, LVT_STATUS, LVTS, Lvt, Mode, Now,
-    SVR_WRITABLE, Vlapic, base_mode, reg,
-};
+use super::{Lvt, Mode, Now, Vlapic, base_mode};
 
 /// Length in bytes of the LAPIC_REGS record.
 pub const REGS_LEN: usize = 1024;
