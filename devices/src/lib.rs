@@ -14,3 +14,4 @@ pub mod interrupt;
 pub mod vioapic;
 pub mod vlapic;
 pub mod vmsi;
+pub mod vpci;
