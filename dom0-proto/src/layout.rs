@@ -45,25 +45,49 @@ pub struct AbiStruct {
 pub const CONSTS: &[&[AbiConst]] = &[
     crate::errno::Errno::ABI_CONSTS,
     crate::errno::GntStatus::ABI_CONSTS,
+    crate::hvm_save::SaveCode::ABI_CONSTS,
+    crate::io::XenbusState::ABI_CONSTS,
+    crate::xen::DomId::ABI_CONSTS,
+    crate::arch_x86::ABI_CONSTS,
+    crate::dm_op::ABI_CONSTS,
+    crate::domctl::ABI_CONSTS,
+    crate::elfnote::ABI_CONSTS,
     crate::event_channel::ABI_CONSTS,
     crate::grant_table::ABI_CONSTS,
     crate::hvm::ABI_CONSTS,
+    crate::hvm_save::ABI_CONSTS,
+    crate::hypfs::ABI_CONSTS,
+    crate::io::ABI_CONSTS,
     crate::memory::ABI_CONSTS,
+    crate::physdev::ABI_CONSTS,
+    crate::platform::ABI_CONSTS,
     crate::sched::ABI_CONSTS,
+    crate::sysctl::ABI_CONSTS,
     crate::vcpu::ABI_CONSTS,
     crate::version::ABI_CONSTS,
     crate::xen::ABI_CONSTS,
-    crate::xen::DomId::ABI_CONSTS,
 ];
 
 /// The structures of every module with 64-bit layouts.
 pub const STRUCTS: &[&[AbiStruct]] = &[
+    crate::arch_x86::ABI_STRUCTS,
+    crate::dm_op::ABI_STRUCTS,
+    crate::domctl::ABI_STRUCTS,
     crate::event_channel::ABI_STRUCTS,
     crate::grant_table::ABI_STRUCTS,
     crate::hvm::ABI_STRUCTS,
+    crate::hvm_save::ABI_STRUCTS,
+    crate::hypfs::ABI_STRUCTS,
+    crate::io::ABI_STRUCTS,
     crate::memory::ABI_STRUCTS,
+    crate::physdev::ABI_STRUCTS,
+    crate::platform::ABI_STRUCTS,
     crate::sched::ABI_STRUCTS,
+    crate::sysctl::ABI_STRUCTS,
     crate::vcpu::ABI_STRUCTS,
     crate::version::ABI_STRUCTS,
     crate::xen::ABI_STRUCTS,
 ];
+
+/// The structures of [`crate::compat32`]: layouts of a 32-bit caller.
+pub const STRUCTS32: &[&[AbiStruct]] = &[crate::compat32::ABI_STRUCTS];

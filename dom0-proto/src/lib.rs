@@ -31,14 +31,25 @@ extern crate std;
 #[macro_use]
 mod macros;
 
+pub mod arch_x86;
+pub mod compat32;
+pub mod dm_op;
+pub mod domctl;
+pub mod elfnote;
 pub mod errno;
 pub mod event_channel;
 pub mod grant_table;
 pub mod handle;
 pub mod hvm;
+pub mod hvm_save;
+pub mod hypfs;
+pub mod io;
 pub mod layout;
 pub mod memory;
+pub mod physdev;
+pub mod platform;
 pub mod sched;
+pub mod sysctl;
 pub mod vcpu;
 pub mod version;
 pub mod xen;

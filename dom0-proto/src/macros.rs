@@ -139,3 +139,31 @@ macro_rules! abi_structs {
         ];
     };
 }
+
+/// Gives an operation whose arguments are a union (`u`) typed access to it.
+macro_rules! payload_methods {
+    ($name:ident, $len:expr) => {
+        impl $name {
+            /// The payload as one of its types. Which one, the operation says.
+            #[must_use]
+            pub fn payload<T: zerocopy::FromBytes>(&self) -> T {
+                const { assert!(size_of::<T>() <= $len) };
+                match T::read_from_prefix(&self.u) {
+                    Ok((payload, _rest)) => payload,
+                    // Too short a union: excluded above, at compile time.
+                    Err(_) => T::new_zeroed(),
+                }
+            }
+
+            /// Writes a payload back; what lies behind it in the union stays.
+            pub fn set_payload<T: zerocopy::IntoBytes + zerocopy::Immutable>(
+                &mut self,
+                payload: &T,
+            ) {
+                const { assert!(size_of::<T>() <= $len) };
+                // Too short a union is excluded above, at compile time.
+                let _ = payload.write_to_prefix(&mut self.u);
+            }
+        }
+    };
+}

@@ -329,7 +329,7 @@ abi_structs! {
     }
 
     /// The text-mode form of [`Dom0VgaConsoleInfo`].
-    pub struct VgaTextMode3("", 10) {
+    pub struct VgaTextMode3("__typeof__(((struct dom0_vga_console_info *)0)->u.text_mode_3)", 10) {
         font_height: u16,
         cursor_x: u16,
         cursor_y: u16,
