@@ -7,4 +7,5 @@ extern crate alloc;
 extern crate std;
 
 pub mod cmdline;
+pub mod console;
 pub mod mm;

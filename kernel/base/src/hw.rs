@@ -7,7 +7,7 @@
 //! Concurrency contract: all methods of [`Platform`] may be called by any CPU at any time, with any
 //! lock held, unless they say otherwise. Galvan handles exits with physical interrupts disabled;
 //! they are taken only inside [`Platform::take_interrupts`] and [`Platform::idle`], which the run
-//! loop calls with no lock held. So no lock needs an interrupt-disabling variant.
+//! loop calls with no lock held but that of the vCPU it runs. So no lock needs an interrupt-disabling variant.
 
 use alloc::boxed::Box;
 use core::fmt::Debug;
@@ -260,7 +260,8 @@ pub trait Platform: HostMem + Debug {
     fn kick(&self, cpu: CpuId);
     /// A hint in a spin loop.
     fn relax(&self);
-    /// Lets pending physical interrupts in, then closes the window again. No lock may be held.
+    /// Lets pending physical interrupts in, then closes the window again. No lock but the running
+    /// vCPU's may be held.
     fn take_interrupts(&self);
     /// Waits for an interrupt with the window open, unless `stay_awake()` says, with the window
     /// closed, that there is work. No lock may be held.

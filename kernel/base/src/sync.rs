@@ -14,6 +14,8 @@ pub mod rank {
     pub const DOMCTL: u8 = 2;
     /// A vCPU's state, held by the CPU that runs it while its exits are handled.
     pub const VCPU: u8 = 5;
+    /// The state of a vCPU of another, paused domain, taken by a control operation.
+    pub const VCPU_OTHER: u8 = 6;
     /// A domain's lifecycle (pause counts, shutdown, dying): decided on, then others are told.
     pub const LIFE: u8 = 8;
     /// A domain's parameters, policy and other configuration.
@@ -50,10 +52,14 @@ pub mod rank {
     pub const TIMER: u8 = 50;
     /// Platform registers with an index or sequence (configuration space, CMOS, IO-APIC).
     pub const PLATFORM: u8 = 54;
+    /// The hypervisor's own page tables.
+    pub const PLATFORM_PAGING: u8 = 56;
     /// The hypervisor's heap.
     pub const HEAP: u8 = 58;
     /// The console ring: log lines come from everywhere.
     pub const CONSOLE: u8 = 60;
+    /// The device behind the console.
+    pub const CONSOLE_DEVICE: u8 = 61;
 }
 
 #[cfg(any(test, feature = "testing"))]

@@ -1,0 +1,148 @@
+//! The end of the machine, told as well as possible: reason, registers, a backtrace with names, the
+//! domain that was running; then a reboot, or a stop with `noreboot`.
+
+use core::fmt::{self, Write};
+use core::panic::PanicInfo;
+use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use elf::ElfBytes;
+use elf::endian::LittleEndian;
+use spin::Once;
+
+/// The image's ELF file, for symbol names.
+static SYMBOLS: Once<&'static [u8]> = Once::new();
+/// The CPU that reports, + 1.
+static REPORTER: AtomicU32 = AtomicU32::new(0);
+/// Stay, instead of rebooting.
+pub static NOREBOOT: AtomicBool = AtomicBool::new(false);
+
+/// Makes the image's ELF file known.
+pub fn set_symbols(file: &'static [u8]) {
+    SYMBOLS.call_once(|| file);
+}
+
+struct LastWords;
+
+impl Write for LastWords {
+    fn write_str(&mut self, s: &str) -> fmt::Result {
+        // SAFETY: the machine does not go on after a panic.
+        unsafe { crate::serial::write_in_panic(s.as_bytes()) };
+        Ok(())
+    }
+}
+
+#[panic_handler]
+fn panic(info: &PanicInfo<'_>) -> ! {
+    begin();
+    let _ = writeln!(LastWords, "\n*** Galvan has panicked: {}", info.message());
+    if let Some(at) = info.location() {
+        let _ = writeln!(LastWords, "    at {at}");
+    }
+    let rbp: u64;
+    // SAFETY: reads a register.
+    unsafe { core::arch::asm!("mov {}, rbp", out(reg) rbp, options(nomem, nostack)) };
+    backtrace(0, rbp);
+    end()
+}
+
+/// An exception in the hypervisor itself.
+pub fn exception(frame: &crate::traps::Frame) -> ! {
+    begin();
+    let _ = writeln!(LastWords, "\n*** Galvan has crashed: {frame}");
+    let (rip, rbp) = frame.rip_rbp();
+    backtrace(rip, rbp);
+    end()
+}
+
+/// One CPU reports; the others stop.
+fn begin() {
+    x86_64::instructions::interrupts::disable();
+    let me = crate::smp::cpu_or_zero() + 1;
+    match REPORTER.compare_exchange(0, me, Ordering::SeqCst, Ordering::SeqCst) {
+        Ok(_) => crate::apic::stop_others(),
+        Err(other) if other == me => crate::cpu::halt_forever(),
+        Err(_) => crate::cpu::halt_forever(),
+    }
+}
+
+fn end() -> ! {
+    let _ = writeln!(
+        LastWords,
+        "    on CPU {}, running {}",
+        crate::smp::cpu_or_zero(),
+        crate::platform::running()
+    );
+    if NOREBOOT.load(Ordering::Relaxed) {
+        let _ = writeln!(LastWords, "*** Stopped (noreboot).");
+        crate::cpu::halt_forever();
+    }
+    let _ = writeln!(LastWords, "*** Rebooting in 5 seconds.");
+    crate::clock::spin_ns(5_000_000_000);
+    crate::platform::reset()
+}
+
+/// Follows the frame pointers from `rbp`.
+fn backtrace(rip: u64, rbp: u64) {
+    let _ = writeln!(LastWords, "Call trace:");
+    if rip != 0 {
+        line(rip);
+    }
+    let mut fp = rbp;
+    for _ in 0..32 {
+        if fp & 7 != 0 || !on_a_stack(fp) {
+            break;
+        }
+        // SAFETY: an aligned address inside a mapped stack.
+        let [next, ret] = unsafe { (fp as *const [u64; 2]).read() };
+        if ret == 0 {
+            break;
+        }
+        line(ret - 1);
+        if next <= fp {
+            break;
+        }
+        fp = next;
+    }
+}
+
+/// Whether two words at `a` are inside one of this CPU's stacks, or the loader's.
+fn on_a_stack(a: u64) -> bool {
+    let in_cpu_area = crate::percpu::stack_contains(a);
+    in_cpu_area
+        || (a >= galvan_boot::info::DIRECT_MAP_BASE
+            && a < galvan_boot::info::DIRECT_MAP_BASE + (1 << 40)
+            && crate::smp::cpu_or_zero() == 0
+            && !crate::smp::own_stack())
+}
+
+fn line(address: u64) {
+    match symbol(address) {
+        Some((name, offset)) => {
+            let _ = writeln!(
+                LastWords,
+                "  {address:016x} {:#}+{offset:#x}",
+                rustc_demangle::demangle(name)
+            );
+        }
+        None => {
+            let _ = writeln!(LastWords, "  {address:016x}");
+        }
+    }
+}
+
+/// The function that holds `address`, and how far into it.
+fn symbol(address: u64) -> Option<(&'static str, u64)> {
+    let file = ElfBytes::<LittleEndian>::minimal_parse(SYMBOLS.get()?).ok()?;
+    let (table, names) = file.symbol_table().ok()??;
+    let best = table
+        .iter()
+        .filter(|s| s.st_value <= address && s.st_symtype() == elf::abi::STT_FUNC)
+        .max_by_key(|s| s.st_value)?;
+    let name = names.get(best.st_name as usize).ok()?;
+    Some((name, address - best.st_value))
+}
+
+/// Whether some CPU is reporting the end of the machine.
+pub fn is_reporting() -> bool {
+    REPORTER.load(Ordering::Relaxed) != 0
+}
