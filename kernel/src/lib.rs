@@ -8,4 +8,5 @@ extern crate std;
 
 pub mod cmdline;
 pub mod console;
+pub mod dom0_build;
 pub mod mm;

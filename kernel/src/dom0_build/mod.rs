@@ -1,0 +1,8 @@
+//! What it takes to start dom0, as far as it is decisions and bytes: the boot code of `kernel/bare`
+//! supplies the files, the memory map and the firmware's tables, and carries out what comes back.
+//!
+//! - [`bzimage`]: from a kernel file to the ELF image in it.
+
+mod bytes;
+pub mod bzimage;
+mod lzma;
