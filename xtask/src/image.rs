@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 
-use crate::cache::{self, Key};
+use crate::cache::Key;
 use crate::dom0::{self, Dom0};
 use crate::run::Hypervisor;
 use crate::{esp, paths, setup, sh};
@@ -25,7 +25,7 @@ pub const OPTIONS: &str =
 /// Build one bootable disk image: EFI system partition, Debian 13 as dom0, and a guest.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// The file to write; a disk's device node works as well.
+    /// The file to write.
     #[arg(long)]
     out: PathBuf,
     /// Size of the image, MiB.
@@ -46,11 +46,14 @@ pub fn image(args: &Args) -> Result<()> {
     let hypervisor = Hypervisor::galvan()?;
     let dom0 = dom0::make(root)?;
     let contents = hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, &dom0.initrd);
-    let disk = with_partitions(&dom0, args.size)?;
-    let step = sh::Step::start(format!("writing {}", args.out.display()));
-    copy_sparse(&disk, &args.out)?;
+    if args.out.exists() && !fs::metadata(&args.out)?.is_file() {
+        bail!(
+            "{} is not a file; write the image to one, and that to the disk",
+            args.out.display()
+        );
+    }
+    write_disk(&args.out, args.size << 20, &dom0)?;
     esp::fill(&args.out, ALIGN_MIB << 20, &contents)?;
-    step.done();
     eprintln!(
         "{}: write it to a USB stick or a disk (dd, bs=4M) and start a UEFI machine from it",
         args.out.display()
@@ -61,15 +64,13 @@ pub fn image(args: &Args) -> Result<()> {
 /// The image for the emulator, kept in the target directory: made when the Debian in it changed,
 /// else only its EFI system partition is brought up to date.
 pub fn for_emulator(contents: &esp::Contents, dom0: &Dom0) -> Result<PathBuf> {
-    let disk = with_partitions(dom0, DEFAULT_MIB)?;
     let out = paths::out().join("galvan.img");
     let stamp = paths::out().join("galvan.img.from");
-    let from = disk.display().to_string();
+    let from = Key::new().add_file(&dom0.root)?.to_string();
     if !out.exists() || fs::read_to_string(&stamp).ok().as_deref() != Some(&from) {
         let _ = fs::remove_file(&stamp);
-        let step = sh::Step::start("disk image");
-        copy_sparse(&disk, &out)?;
-        step.done();
+        fs::create_dir_all(paths::out())?;
+        write_disk(&out, DEFAULT_MIB << 20, dom0)?;
         fs::write(&stamp, from)?;
     }
     esp::fill(&out, ALIGN_MIB << 20, contents)?;
@@ -89,24 +90,17 @@ fn root_mib(size: u64) -> Result<u64> {
     Ok(rest)
 }
 
-/// The cached image with partition table, empty EFI system partition and dom0's root.
-fn with_partitions(dom0: &Dom0, mib: u64) -> Result<PathBuf> {
-    let key = Key::new()
-        .add_file(&dom0.root)?
-        .add(mib.to_le_bytes())
-        .add([1]);
-    cache::cached("disk-gpt", key, ".img", |image| {
-        let step = sh::Step::start("partitions");
-        let root = fs::metadata(&dom0.root)?.len();
-        let file = File::create(image)?;
-        file.set_len(mib << 20)?;
-        drop(file);
-        partition(image, mib << 20, root)?;
-        esp::format(image, ALIGN_MIB << 20, ESP_MIB << 20)?;
-        write_sparse(&dom0.root, image, (ALIGN_MIB + ESP_MIB) << 20)?;
-        step.done();
-        Ok(())
-    })
+/// Writes a disk of `size` bytes: partition table, empty EFI system partition, dom0's root.
+fn write_disk(out: &Path, size: u64, dom0: &Dom0) -> Result<()> {
+    let step = sh::Step::start(format!("disk image {}", out.display()));
+    let file = File::create(out).with_context(|| format!("cannot write {}", out.display()))?;
+    file.set_len(size)?;
+    drop(file);
+    partition(out, size, fs::metadata(&dom0.root)?.len())?;
+    esp::format(out, ALIGN_MIB << 20, ESP_MIB << 20)?;
+    write_sparse(&dom0.root, out, (ALIGN_MIB + ESP_MIB) << 20)?;
+    step.done();
+    Ok(())
 }
 
 /// Writes a GPT with an EFI system partition and a root partition of `root` bytes.
@@ -145,29 +139,12 @@ fn partition(image: &Path, size: u64, root: u64) -> Result<()> {
     Ok(())
 }
 
-fn copy_sparse(from: &Path, to: &Path) -> Result<()> {
-    let size = fs::metadata(from)?.len();
-    let regular = !to.exists() || fs::metadata(to)?.is_file();
-    if regular {
-        let file = File::create(to).with_context(|| format!("cannot write {}", to.display()))?;
-        file.set_len(size)?;
-        return write_sparse(from, to, 0);
-    }
-    // A device may hold anything: every byte is written.
-    let mut device = OpenOptions::new()
-        .write(true)
-        .open(to)
-        .with_context(|| format!("cannot write {}", to.display()))?;
-    std::io::copy(&mut File::open(from)?, &mut device)
-        .with_context(|| format!("cannot write {}", to.display()))?;
-    Ok(())
-}
-
 /// Writes `from` into `to` at `offset`, leaving out blocks of zeros: `to` is zero there.
 fn write_sparse(from: &Path, to: &Path, offset: u64) -> Result<()> {
     const BLOCK: usize = 1 << 16;
     let mut from = File::open(from)?;
     let mut to = OpenOptions::new().write(true).open(to)?;
+    let zeros = vec![0; BLOCK];
     let mut block = vec![0; BLOCK];
     let mut at = offset;
     loop {
@@ -181,7 +158,7 @@ fn write_sparse(from: &Path, to: &Path, offset: u64) -> Result<()> {
         if have == 0 {
             return Ok(());
         }
-        if block[..have].iter().any(|&b| b != 0) {
+        if block[..have] != zeros[..have] {
             to.seek(SeekFrom::Start(at))?;
             to.write_all(&block[..have])?;
         }

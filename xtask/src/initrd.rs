@@ -35,6 +35,7 @@ const INIT: &str = include_str!("../assets/initrd-init");
 const APPLETS: &[&str] = &[
     "sh",
     "cat",
+    "cut",
     "echo",
     "findfs",
     "grep",
@@ -190,6 +191,8 @@ fn module_name(file: &str) -> String {
 struct Tables {
     /// File to the files it needs.
     dep: BTreeMap<String, Vec<String>>,
+    /// Modules that are part of the kernel image.
+    builtin: BTreeSet<String>,
     /// Module name to file.
     file: BTreeMap<String, String>,
     /// Module name to the names it wants loaded with it.
@@ -208,11 +211,15 @@ impl Tables {
             &read("modules.dep")?,
             &read("modules.softdep")?,
             &read("modules.alias")?,
+            &read("modules.builtin")?,
         ))
     }
 
-    fn parse(dep: &str, softdep: &str, alias: &str) -> Self {
-        let mut tables = Self::default();
+    fn parse(dep: &str, softdep: &str, alias: &str, builtin: &str) -> Self {
+        let mut tables = Self {
+            builtin: builtin.lines().map(module_name).collect(),
+            ..Self::default()
+        };
         for (file, needs) in dep.lines().filter_map(|line| line.split_once(':')) {
             let needs = needs.split_whitespace().map(str::to_owned).collect();
             tables.file.insert(module_name(file), file.to_owned());
@@ -255,6 +262,9 @@ impl Tables {
         let mut chosen = BTreeSet::new();
         let mut todo: Vec<String> = Vec::new();
         for name in modules {
+            if self.builtin.contains(*name) {
+                continue;
+            }
             let file = self
                 .file
                 .get(*name)
@@ -289,6 +299,7 @@ mod tests {
              kernel/crypto/crc32c_generic.ko.xz:\nkernel/drivers/usb/host/xhci-pci.ko.xz:\n",
             "# comment\nsoftdep ext4 pre: crypto-crc32c\n",
             "# comment\nalias crypto-crc32c crc32c_generic\nalias pci:v*d* xhci_pci\n",
+            "kernel/drivers/virtio/virtio_pci.ko\n",
         )
     }
 
@@ -302,6 +313,11 @@ mod tests {
     #[test]
     fn dash_and_underscore_are_the_same_module() {
         assert!(tables().closure(&["xhci_pci"]).is_ok());
+    }
+
+    #[test]
+    fn what_is_built_in_needs_no_file() {
+        assert!(tables().closure(&["virtio_pci"]).unwrap().is_empty());
     }
 
     #[test]

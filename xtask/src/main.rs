@@ -14,6 +14,7 @@ mod qemu;
 mod run;
 mod setup;
 mod sh;
+mod test;
 mod tree;
 
 use std::process::ExitCode;
@@ -39,6 +40,8 @@ enum Task {
         #[arg(long)]
         debug: bool,
     },
+    /// Run the host tests of every crate, then the whole-machine scenarios in QEMU.
+    Test(test::Args),
     /// Boot galvan.efi with a given dom0 kernel and initrd; the serial port goes to stdout.
     Boot(Box<boot::Args>),
     /// Build one bootable disk image: EFI system partition, Debian 13 as dom0, and a guest.
@@ -69,6 +72,7 @@ fn perform(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Image(args) => image::image(&args),
+        Task::Test(args) => test::test(&args),
         Task::Boot(args) => boot::boot(*args),
     }
 }

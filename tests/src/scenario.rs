@@ -1,0 +1,115 @@
+//! What a scenario is: a machine, and a dialogue with it.
+
+use anyhow::Result;
+
+use crate::Console;
+
+/// A whole-machine test.
+#[derive(Debug, Clone)]
+pub struct Scenario {
+    /// Its name, by which `--filter` finds it and its log is called.
+    pub name: &'static str,
+    /// What is shown by its passing, in one line.
+    pub about: &'static str,
+    /// Why it is not among those that run unless asked for; `None` when it is.
+    pub disabled: Option<&'static str>,
+    /// What the machine starts from.
+    pub start: Start,
+    /// `galvan.cfg`.
+    pub config: Config,
+    /// Processors.
+    pub smp: u32,
+    /// Memory, MiB.
+    pub mem: u32,
+    /// CPU model in QEMU's words, when not the usual one.
+    pub cpu: Option<&'static str>,
+    /// Whether the machine has an IOMMU.
+    pub iommu: bool,
+    /// Seconds after which the machine is switched off, whatever it does.
+    pub limit: u64,
+    /// The dialogue.
+    pub talk: fn(&mut Console) -> Result<()>,
+}
+
+/// What the machine starts from.
+#[derive(Debug, Clone, Copy)]
+pub enum Start {
+    /// A small disk with Debian's kernel and a ramdisk of busybox; this is its init script.
+    Ramdisk(&'static str),
+    /// The disk image of `cargo xtask image`: Debian 13 as dom0, with the guest `demo`.
+    Debian,
+}
+
+/// `galvan.cfg` of the machine.
+#[derive(Debug, Clone, Copy)]
+pub enum Config {
+    /// The usual one.
+    Usual {
+        /// Options added to the usual ones of the hypervisor.
+        options: &'static str,
+        /// Words added to dom0's command line.
+        cmdline: &'static str,
+    },
+    /// This text; the kernel is `vmlinuz` and the ramdisk `initrd.img`.
+    Text(&'static str),
+    /// There is no such file.
+    Missing,
+}
+
+impl Scenario {
+    /// A scenario on the usual machine: two processors, 4 GiB, AMD-V, AMD-Vi.
+    pub const fn new(
+        name: &'static str,
+        about: &'static str,
+        start: Start,
+        limit: u64,
+        talk: fn(&mut Console) -> Result<()>,
+    ) -> Self {
+        Self {
+            name,
+            about,
+            disabled: None,
+            start,
+            config: Config::Usual {
+                options: "",
+                cmdline: "",
+            },
+            smp: 2,
+            mem: 4096,
+            cpu: None,
+            iommu: true,
+            limit,
+            talk,
+        }
+    }
+
+    /// Takes it off the default list, for this reason.
+    pub const fn disabled(mut self, reason: &'static str) -> Self {
+        self.disabled = Some(reason);
+        self
+    }
+
+    /// With another `galvan.cfg`.
+    pub const fn config(mut self, config: Config) -> Self {
+        self.config = config;
+        self
+    }
+
+    /// With another CPU model.
+    pub const fn cpu(mut self, cpu: &'static str) -> Self {
+        self.cpu = Some(cpu);
+        self
+    }
+
+    /// With another number of processors.
+    pub const fn smp(mut self, smp: u32) -> Self {
+        self.smp = smp;
+        self
+    }
+
+    /// Without an IOMMU.
+    pub const fn without_iommu(mut self) -> Self {
+        self.iommu = false;
+        self
+    }
+}

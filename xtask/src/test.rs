@@ -1,0 +1,282 @@
+//! `cargo xtask test`: the host tests of every crate, then the whole-machine scenarios.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use galvan_tests::{Config, Console, Scenario, Start, scenarios};
+
+use crate::dom0::{self, Dom0};
+use crate::run::Hypervisor;
+use crate::{boot, esp, image, paths, qemu, setup, sh};
+
+/// How many lines of a failed scenario's log are shown.
+const TAIL: usize = 40;
+
+/// Run the host tests of every crate, then the whole-machine scenarios in QEMU.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Only tests whose name contains this; a scenario's full name runs it even if it is disabled.
+    #[arg(long)]
+    filter: Option<String>,
+    /// List the scenarios and do nothing.
+    #[arg(long)]
+    list: bool,
+    /// Leave out the whole-machine scenarios.
+    #[arg(long)]
+    no_machine: bool,
+    /// Leave out the host tests.
+    #[arg(long)]
+    no_host: bool,
+    /// Run the disabled scenarios as well.
+    #[arg(long)]
+    all: bool,
+    /// Boot stock Xen of Debian in Galvan's place: shows what the scenarios ask for, and how fast
+    /// stock is here. Leaves out the host tests.
+    #[arg(long)]
+    stock: bool,
+}
+
+#[derive(Debug, Default)]
+struct Count {
+    passed: u64,
+    failed: u64,
+}
+
+/// Runs what `args` selects; the last line of standard output is the count.
+pub fn test(args: &Args) -> Result<()> {
+    if args.list {
+        for scenario in scenarios::ALL {
+            println!("{:24} {}", scenario.name, scenario.about);
+            if let Some(reason) = scenario.disabled {
+                println!("{:24}   disabled: {reason}", "");
+            }
+        }
+        return Ok(());
+    }
+    let mut count = Count::default();
+    let named = |s: &Scenario| args.filter.as_deref() == Some(s.name);
+    if !args.no_host && !args.stock && !scenarios::ALL.iter().any(named) {
+        host(args.filter.as_deref(), &mut count)?;
+    }
+    if !args.no_machine {
+        let chosen: Vec<&Scenario> = scenarios::ALL
+            .iter()
+            .filter(|s| args.filter.as_deref().is_none_or(|f| s.name.contains(f)))
+            .filter(|s| s.disabled.is_none() || args.all || named(s))
+            .collect();
+        if !chosen.is_empty() {
+            machines(&chosen, args.stock, &mut count)?;
+        }
+        for scenario in scenarios::ALL.iter().filter(|s| s.disabled.is_some()) {
+            if !chosen.iter().any(|c| c.name == scenario.name) {
+                println!(
+                    "machine {} ... left out: {}",
+                    scenario.name,
+                    scenario.disabled.unwrap_or("")
+                );
+            }
+        }
+    }
+    println!("{} passed, {} failed", count.passed, count.failed);
+    if count.failed > 0 {
+        bail!(
+            "{} of {} tests failed",
+            count.failed,
+            count.passed + count.failed
+        );
+    }
+    if count.passed == 0 {
+        bail!("no test was run");
+    }
+    Ok(())
+}
+
+/// `cargo test` of the host crates, its output passed on and its results counted.
+fn host(filter: Option<&str>, count: &mut Count) -> Result<()> {
+    let start = Instant::now();
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .current_dir(paths::root())
+        .args(["test", "--no-fail-fast"])
+        .args(filter)
+        .stdout(Stdio::piped());
+    let mut child = cargo.spawn().context("cannot start cargo")?;
+    let mut suites_failed = 0;
+    if let Some(out) = child.stdout.take() {
+        for line in BufReader::new(out).lines() {
+            let line = line?;
+            println!("{line}");
+            if let Some((passed, failed)) = result_line(&line) {
+                count.passed += passed;
+                count.failed += failed;
+                suites_failed += failed;
+            }
+        }
+    }
+    let status = child.wait()?;
+    if !status.success() && suites_failed == 0 {
+        // It did not build, or a test took the whole process with it.
+        println!("host tests ... FAILED: cargo test: {status}");
+        count.failed += 1;
+    }
+    println!("host tests took {:.1} s", start.elapsed().as_secs_f32());
+    Ok(())
+}
+
+/// Passed and failed in one `test result:` line of libtest.
+fn result_line(line: &str) -> Option<(u64, u64)> {
+    let rest = line.strip_prefix("test result: ")?;
+    let number = |word: &str| {
+        rest.split([';', '.'])
+            .find_map(|part| part.trim().strip_suffix(word)?.trim().parse().ok())
+    };
+    Some((number("passed")?, number("failed")?))
+}
+
+/// What the machines start from, made when the first scenario wants it.
+struct Parts {
+    hypervisor: Hypervisor,
+    dom0: Option<Dom0>,
+}
+
+fn machines(chosen: &[&Scenario], stock: bool, count: &mut Count) -> Result<()> {
+    setup::ensure(setup::FOR_RUN)?;
+    fs::create_dir_all(paths::test_logs())?;
+    fs::create_dir_all(paths::out())?;
+    let mut parts = Parts {
+        hypervisor: if stock {
+            Hypervisor::stock()?
+        } else {
+            Hypervisor::galvan()?
+        },
+        dom0: None,
+    };
+    for scenario in chosen {
+        // Things that must be there before the clock of the scenario starts.
+        let boot = parts.boot_disk(scenario)?;
+        let log = paths::test_logs().join(format!("{}.log", scenario.name));
+        print!("machine {} ... ", scenario.name);
+        std::io::stdout().flush()?;
+        let start = Instant::now();
+        let result = perform(scenario, &boot, &log);
+        let took = start.elapsed().as_secs_f32();
+        match result {
+            Ok(()) => {
+                count.passed += 1;
+                println!("ok ({took:.1} s)");
+            }
+            Err(error) => {
+                count.failed += 1;
+                println!("FAILED ({took:.1} s): {error:#}");
+                let text =
+                    String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
+                println!("--- the end of {}", log.display());
+                println!("{}", sh::tail(&text, TAIL));
+                println!("---");
+            }
+        }
+    }
+    qemu::clean_up();
+    Ok(())
+}
+
+impl Parts {
+    fn boot_disk(&mut self, scenario: &Scenario) -> Result<PathBuf> {
+        let (options, cmdline) = match scenario.config {
+            Config::Usual { options, cmdline } => (options, cmdline),
+            Config::Text(_) | Config::Missing => ("", ""),
+        };
+        let options = format!("{} {options}", boot::OPTIONS);
+        let options = options.trim_end();
+        let adjusted = |mut contents: esp::Contents| {
+            match scenario.config {
+                Config::Usual { .. } => {}
+                Config::Text(text) => contents.config = text.to_owned(),
+                // mtools has no way to say "remove, if there"; another name is as good.
+                Config::Missing => contents.config_name = "other.txt".to_owned(),
+            }
+            contents
+        };
+        match scenario.start {
+            Start::Ramdisk(init) => {
+                let (kernel, initrd) = dom0::ramdisk("test", init)?;
+                let cmdline = format!("console=hvc0 {cmdline}");
+                let contents =
+                    self.hypervisor
+                        .contents(options, cmdline.trim_end(), &kernel, &initrd);
+                let disk = paths::out().join("test-boot.img");
+                esp::write_image(&disk, &adjusted(contents))?;
+                Ok(disk)
+            }
+            Start::Debian => {
+                let dom0 = match &self.dom0 {
+                    Some(dom0) => dom0,
+                    None => self.dom0.insert(image::default_dom0()?),
+                };
+                let cmdline = format!("{} {cmdline}", dom0::CMDLINE);
+                let contents = self.hypervisor.contents(
+                    options,
+                    cmdline.trim_end(),
+                    &dom0.kernel,
+                    &dom0.initrd,
+                );
+                image::for_emulator(&adjusted(contents), dom0)
+            }
+        }
+    }
+}
+
+/// A process that does not outlive its owner.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn perform(scenario: &Scenario, disk: &Path, log: &Path) -> Result<()> {
+    let log_file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+    let mut machine = qemu::Machine::new(disk);
+    machine.accel = qemu::Accel::Tcg;
+    machine.boot_bus = match scenario.start {
+        Start::Ramdisk(_) => qemu::DiskBus::Ahci,
+        Start::Debian => qemu::DiskBus::Nvme,
+    };
+    machine.smp = scenario.smp;
+    machine.mem = scenario.mem;
+    machine.cpu = scenario.cpu.map(str::to_owned);
+    machine.iommu = scenario.iommu;
+    // Every scenario starts from the same disk.
+    machine.snapshot = true;
+    let mut qemu = machine.command()?;
+    qemu.stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(log_file.try_clone()?);
+    let mut running = Running(qemu.spawn().context("cannot start QEMU")?);
+    let input = running.0.stdin.take().context("QEMU has no input")?;
+    let output = running.0.stdout.take().context("QEMU has no output")?;
+    let limit = Duration::from_secs(scenario.limit);
+    let mut console = Console::new(input, output, Some(log_file), limit);
+    let result = (scenario.talk)(&mut console);
+    drop(running);
+    drop(console);
+    result
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn results_of_libtest_are_counted() {
+        let line = "test result: FAILED. 12 passed; 3 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.03s";
+        assert_eq!(result_line(line), Some((12, 3)));
+        assert_eq!(result_line("test foo ... ok"), None);
+    }
+}
