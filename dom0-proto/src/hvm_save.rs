@@ -99,7 +99,8 @@ abi_structs! {
         gtsc_khz: u32 = 20,
     }
 
-    /// Registers of a vCPU. Attribute words are in VMX form without the unusable bit, or VMCB form.
+    /// Registers of a vCPU. Attribute words (`arbytes`) are packed as in a VMCB (AMD APM, "Segment
+    /// State in the VMCB"): access byte in 7:0, AVL, L, D/B and G in 11:8. Flat 32-bit code is 0xc9b.
     pub struct HvmHwCpu("struct hvm_hw_cpu", 1032) {
         /// FXSAVE area.
         fpu_regs: [u8; 512] = 0,
@@ -223,7 +224,7 @@ abi_structs! {
     /// A local APIC, its hidden state, as 4.20 writes it.
     pub struct HvmHwLapic("struct hvm_hw_lapic", 32, 0x17..=0xff) {
         apic_base_msr: u64 = 0,
-        /// `VLAPIC_*_DISABLED`: 1 by software, 2 by hardware.
+        /// 1 disabled in the spurious-vector register, 2 in the APIC base MSR.
         disabled: u32 = 8,
         timer_divisor: u32 = 12,
         /// TSC deadline.

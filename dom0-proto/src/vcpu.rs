@@ -107,8 +107,8 @@ abi_structs! {
         phys_id: u64 = 0,
     }
 
-    /// The registers of [`VCPU_HVM_MODE_32B`]. Attributes are those of a VMX segment register's low
-    /// 12 bits without the limit (VMCB form).
+    /// The registers of [`VCPU_HVM_MODE_32B`]. Attributes (`ar`) are packed: access byte in 7:0, AVL, L,
+    /// D/B and G in 11:8, the rest zero.
     pub struct VcpuHvmX86_32("struct vcpu_hvm_x86_32", 120) {
         eax: u32 = 0,
         ecx: u32,
