@@ -2,7 +2,9 @@
 //! supplies the files, the memory map and the firmware's tables, and carries out what comes back.
 //!
 //! - [`bzimage`]: from a kernel file to the ELF image in it.
+//! - [`elf`]: from an ELF image to the plan of loading it.
 
 mod bytes;
 pub mod bzimage;
+pub mod elf;
 mod lzma;
