@@ -313,6 +313,19 @@ pub trait Platform: HostMem + Debug {
     /// The memory-mapped configuration windows.
     fn ecam(&self) -> &[EcamWindow];
 
+    /// PCI functions that Galvan uses itself (an IOMMU, its serial port).
+    fn private_pci(&self) -> &[Sbdf] {
+        &[]
+    }
+    /// Ranges of ports, first and last, that Galvan uses itself.
+    fn private_ports(&self) -> &[(u16, u16)] {
+        &[]
+    }
+    /// Ranges of device memory, address and length, that no domain may have mapped.
+    fn private_mmio(&self) -> &[(Mpa, u64)] {
+        &[]
+    }
+
     /// The IO-APICs, by ascending GSI base.
     fn ioapics(&self) -> &[IoApicInfo];
     /// Routes a pin to `cpu` and unmasks it. From then on its interrupts arrive at the handler as
