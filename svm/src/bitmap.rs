@@ -5,11 +5,11 @@
 //!
 //! - FS, GS and KERNEL_GS base, STAR, LSTAR, CSTAR, SFMASK, SYSENTER_*: switched by VMLOAD and
 //!   VMSAVE, read and written directly.
-//! - TSC: reads only; the processor adds the guest's offset.
 //! - TSC_AUX: reads only; it is switched with the vCPU, and a write must be noted for that.
 //! - EFER exits: SVME must stay hidden. PAT exits although nested paging gives each guest its own:
 //!   not every implementation keeps the guest's from the host's, and guests touch it at boot only.
-//!   APIC_BASE and x2APIC registers exit: they are emulated.
+//!   APIC_BASE and x2APIC registers exit: they are emulated. TSC exits: RDTSC is what guests use,
+//!   and QEMU gives a direct RDMSR neither the counter nor the offset.
 //!
 //! There are two I/O maps: one in which every port exits, and the hardware domain's, which can be
 //! changed at any time. Their contents are not cached by the processor between accesses, only
@@ -63,7 +63,6 @@ impl MsrMap {
         ] {
             map.allow(index, 0b11);
         }
-        map.allow(msr::TSC, 0b01);
         if tsc_aux {
             map.allow(msr::TSC_AUX, 0b01);
         }
@@ -181,7 +180,6 @@ mod tests {
         assert_eq!(
             free,
             [
-                (0x10, read),
                 (0x174, both),
                 (0x175, both),
                 (0x176, both),

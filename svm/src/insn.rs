@@ -41,6 +41,8 @@ pub trait Cpu: Copy + Debug + Send + Sync + 'static {
     fn run(self, vmcb: Mpa, regs: &mut Gprs);
     /// Enables the instructions that save and restore extended state.
     fn enable_fpu(self, xsave: bool);
+    /// XGETBV of XCR0.
+    fn xcr0(self) -> u64;
     /// XSETBV of XCR0.
     fn set_xcr0(self, v: u64);
     /// Saves extended state; XCR0 must enable all of the area's states.
@@ -169,6 +171,17 @@ impl Cpu for Real {
             asm!("mov cr0, {}", "mov cr4, {}", in(reg) cr0, in(reg) cr4,
                 options(nostack, preserves_flags));
         }
+    }
+
+    #[inline]
+    fn xcr0(self) -> u64 {
+        let (lo, hi): (u32, u32);
+        // SAFETY: called only where there is XSAVE, which `enable_fpu` has enabled.
+        unsafe {
+            asm!("xgetbv", in("ecx") 0, out("eax") lo, out("edx") hi,
+                options(nomem, nostack, preserves_flags));
+        }
+        u64::from(hi) << 32 | u64::from(lo)
     }
 
     #[inline]

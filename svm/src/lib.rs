@@ -43,8 +43,6 @@ pub use vcpu::Vcpu;
 
 /// Numbers of the MSRs this crate knows (AMD APM "Model-Specific Registers").
 pub mod msr {
-    /// Time stamp counter.
-    pub const TSC: u32 = 0x10;
     /// Extended feature enables.
     pub const EFER: u32 = 0xc000_0080;
     /// SYSCALL targets and selectors.

@@ -27,7 +27,7 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 
 use galvan_base::Mpa;
 use galvan_base::hw::Exhausted;
-use galvan_base::state::EFER_SVME;
+use galvan_base::state::{EFER_NXE, EFER_SVME};
 
 use crate::caps::{Caps, VM_CR_LOCK, VM_CR_SVMDIS};
 use crate::insn::Cpu;
@@ -82,7 +82,10 @@ impl PerCpu {
         if vm_cr & VM_CR_SVMDIS != 0 && vm_cr & VM_CR_LOCK == 0 {
             cpu.wrmsr(msr::VM_CR, vm_cr & !VM_CR_SVMDIS);
         }
-        cpu.wrmsr(msr::EFER, cpu.rdmsr(msr::EFER) | EFER_SVME);
+        // Nested tables have no-execute bits, and nested faults tell fetches from reads, by the
+        // host's NXE.
+        let nxe = caps.efer_valid & EFER_NXE;
+        cpu.wrmsr(msr::EFER, cpu.rdmsr(msr::EFER) | EFER_SVME | nxe);
         cpu.wrmsr(msr::VM_HSAVE_PA, self.save_area.mpa().get());
         cpu.enable_fpu(caps.xsave.is_some());
         cpu.vmsave(self.host.mpa());
@@ -162,6 +165,13 @@ impl PerCpu {
         if !self.host_state.swap(true, Relaxed) {
             cpu.vmload(self.host.mpa());
         }
+    }
+
+    /// XCR0 as it is. QEMU lets XSETBV of a guest through although it is intercepted.
+    pub(crate) fn xcr0<C: Cpu>(&self, cpu: C) -> u64 {
+        let v = cpu.xcr0();
+        self.xcr0.store(v, Relaxed);
+        v
     }
 
     /// Sets XCR0 if it is another.

@@ -186,6 +186,9 @@ impl Cpu for Fake {
         });
     }
     fn enable_fpu(self, _: bool) {}
+    fn xcr0(self) -> u64 {
+        machine(|m| m.xcr0)
+    }
     fn set_xcr0(self, v: u64) {
         machine(|m| {
             m.log.push("xsetbv");

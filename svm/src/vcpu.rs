@@ -410,6 +410,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.give_debug_registers_back();
         // A part that the guest has disabled in XCR0 keeps its contents, so all parts are saved.
         if let Some(all) = self.fpu.mask() {
+            self.xcr0 = fpu::legal_xcr0(cpu.xcr0(self.svm.cpu), all);
             cpu.set_xcr0(self.svm.cpu, all);
         }
         self.svm.cpu.save_fpu(&mut self.fpu);
@@ -698,7 +699,10 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     }
 
     fn xcr0(&self) -> u64 {
-        self.xcr0
+        match (self.on, self.fpu.mask()) {
+            (Some(cpu), Some(all)) => fpu::legal_xcr0(cpu.xcr0(self.svm.cpu), all),
+            _ => self.xcr0,
+        }
     }
 
     /// Bits that the processor does not have, or would refuse in this combination, are dropped.

@@ -190,6 +190,17 @@ fn xcr0_is_the_guests_in_the_guest_and_full_while_saving() {
     assert_eq!(v.xcr0(), 1, "AVX without SSE would fault in the host");
     v.set_xcr0(u64::MAX);
     assert_eq!(v.xcr0(), 7);
+    // An emulator that lets XSETBV through.
+    guest(|v, _| {
+        machine(|m| m.xcr0 = 3);
+        v.exit_code.set(code::CPUID);
+    });
+    enter(&mut v);
+    assert_eq!(v.xcr0(), 3);
+    v.unload();
+    assert_eq!((v.xcr0(), machine(|m| m.xcr0)), (3, 7));
+    v.load();
+    assert_eq!(machine(|m| m.xcr0), 3);
     v.unload();
     let svm = boot(bare());
     let mut v = vcpu(svm, 0x1000, false);
@@ -702,12 +713,12 @@ fn svm_is_enabled_where_firmware_left_it_off() {
     svm.enable();
     machine(|m| {
         assert_eq!(m.msrs[&msr::VM_CR], 0);
-        assert_eq!(m.msrs[&msr::EFER], EFER_SVME);
+        assert_eq!(m.msrs[&msr::EFER], EFER_SVME | EFER_NXE);
         assert_ne!(m.msrs[&msr::VM_HSAVE_PA], 0);
     });
     svm.disable();
     machine(|m| {
-        assert_eq!(m.msrs[&msr::EFER], 0);
+        assert_eq!(m.msrs[&msr::EFER], EFER_NXE);
         assert_eq!(m.msrs[&msr::VM_HSAVE_PA], 0);
     });
 }
