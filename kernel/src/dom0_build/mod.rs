@@ -3,8 +3,10 @@
 //!
 //! - [`bzimage`]: from a kernel file to the ELF image in it.
 //! - [`elf`]: from an ELF image to the plan of loading it.
+//! - [`layout`]: dom0's memory, its map, and the place of everything in it.
 
 mod bytes;
 pub mod bzimage;
 pub mod elf;
+pub mod layout;
 mod lzma;
