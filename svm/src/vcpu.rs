@@ -283,6 +283,8 @@ impl<C: Cpu> Vcpu<C> {
             // The return address of a soft event; ignored by processors without NRIP save.
             self.vmcb.next_rip.set(rip_before);
         }
+        // Bochs leaves the word of an earlier exit there when nothing was interrupted.
+        self.vmcb.exit_int_info.set(0);
         self.vmcb.rax.set(regs.rax);
         self.vmcb.rsp.set(regs.rsp);
         self.vmcb
@@ -463,6 +465,10 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             pat: v.g_pat.get(),
             shadow: self.shadow(),
         }
+    }
+
+    fn check_state(&self, s: &ArchState) -> Result<(), &'static str> {
+        state::validate(s, &self.svm.caps)
     }
 
     fn set_state(&mut self, s: &ArchState) {

@@ -374,7 +374,10 @@ pub trait HwVcpu: Send + Debug {
 
     /// The architectural state; loaded or not.
     fn state(&self) -> ArchState;
+    /// Whether the processor would enter a guest in this state; says what it would object to.
+    fn check_state(&self, s: &ArchState) -> Result<(), &'static str>;
     /// Replaces the architectural state, discards an event waiting for injection; loaded or not.
+    /// The caller has had it checked if it does not come from this program.
     fn set_state(&mut self, s: &ArchState);
 
     /// Instruction pointer.

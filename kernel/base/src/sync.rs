@@ -48,6 +48,8 @@ pub mod rank {
     pub const DOMAINS: u8 = 44;
     /// A run queue: woken from nearly everywhere.
     pub const SCHED: u8 = 48;
+    /// What is left of a capped domain's time: drawn on while a run queue is held.
+    pub const SCHED_SHARE: u8 = 49;
     /// Timer queues.
     pub const TIMER: u8 = 50;
     /// Platform registers with an index or sequence (configuration space, CMOS, IO-APIC).
@@ -210,6 +212,11 @@ impl<T, const RANK: u8> RankedRwLock<T, RANK> {
             inner: self.0.write(),
             rank,
         }
+    }
+
+    /// The value, without locking: there is no other user.
+    pub fn get_mut(&mut self) -> &mut T {
+        self.0.get_mut()
     }
 }
 

@@ -1016,6 +1016,13 @@ impl HwVcpu for FakeVcpu {
         self.inner().state.clone()
     }
 
+    fn check_state(&self, s: &ArchState) -> Result<(), &'static str> {
+        if s.cr0 >> 32 != 0 {
+            return Err("CR0 has bits above 31");
+        }
+        Ok(())
+    }
+
     fn set_state(&mut self, s: &ArchState) {
         let mut inner = self.inner();
         inner.state = s.clone();

@@ -14,3 +14,8 @@ pub fn u32(bytes: &[u8], at: usize) -> Option<u32> {
 pub fn array<const N: usize>(bytes: &[u8], at: usize) -> Option<[u8; N]> {
     bytes.get(at..)?.first_chunk().copied()
 }
+
+/// Eight bytes.
+pub fn u64(bytes: &[u8], at: usize) -> Option<u64> {
+    array(bytes, at).map(u64::from_le_bytes)
+}

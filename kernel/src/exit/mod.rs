@@ -1,0 +1,123 @@
+//! Exits: one short file per reason, and the dispatch between them.
+//!
+//! [`handle`] gets an exit that the vendor crate has described and decides what it means for the
+//! guest. Nothing here resumes the guest itself, panics, or logs unconditionally. Called by
+//! [`crate::run`].
+
+use galvan_base::exit::Exit;
+use galvan_base::state::{Event, RFLAGS_IF, Seg};
+
+use crate::guest_access::Cx;
+use crate::hypercall::{self, After};
+
+pub use crate::standins::exits::apic;
+use crate::standins::exits::{cpuid, mmio, msr, pio};
+pub use crate::standins::insn;
+
+/// What happens to the vCPU after an exit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Next {
+    /// It goes on.
+    Resume,
+    /// It gives up its turn.
+    Yield,
+    /// It waits if it has a reason to.
+    Block,
+    /// Its domain has done something that cannot be answered.
+    Crash(&'static str),
+}
+
+/// Decides what an exit means.
+pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
+    match exit {
+        Exit::Hypercall(len) => {
+            let Some(len) = insn::length(cx, len, insn::Kind::Hypercall) else { return Next::Resume };
+            match hypercall::from_registers(cx) {
+                After::Next => {
+                    insn::advance(cx, len);
+                    Next::Resume
+                }
+                After::Again => Next::Resume,
+                After::Yield => {
+                    insn::advance(cx, len);
+                    Next::Yield
+                }
+                After::Block => {
+                    insn::advance(cx, len);
+                    Next::Block
+                }
+            }
+        }
+        Exit::Cpuid(len) => cpuid::cpuid(cx, len),
+        Exit::MsrRead(len) => msr::read(cx, len),
+        Exit::MsrWrite(len) => msr::write(cx, len),
+        Exit::Pio(pio) => pio::pio(cx, pio),
+        Exit::NestedFault(f) => mmio::nested_fault(cx, f),
+        Exit::Hlt(len) => {
+            let Some(len) = insn::length(cx, len, insn::Kind::Hlt) else { return Next::Resume };
+            insn::advance(cx, len);
+            cx.st.halted = true;
+            Next::Resume
+        }
+        Exit::InterruptWindow => {
+            cx.st.hw.set_interrupt_window(false);
+            Next::Resume
+        }
+        Exit::Pause(len) => {
+            if let Some(len) = insn::length(cx, len, insn::Kind::Pause) {
+                insn::advance(cx, len);
+            }
+            Next::Yield
+        }
+        Exit::Wbinvd(len) => {
+            // Guests' memory is cacheable and coherent; a flush asked for by a guest without
+            // uncached devices has no effect it could see.
+            if let Some(len) = insn::length(cx, len, insn::Kind::Wbinvd) {
+                insn::advance(cx, len);
+            }
+            Next::Resume
+        }
+        Exit::Xsetbv(len) => msr::xsetbv(cx, len),
+        Exit::Rdpmc(_) => inject(cx, Event::GP),
+        Exit::NotForGuests => inject(cx, Event::UD),
+        Exit::Exception { vector, error } => {
+            let has_code = matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30);
+            inject(cx, Event::Exception(vector, has_code.then_some(error)))
+        }
+        Exit::Shutdown => Next::Crash("triple fault"),
+        Exit::TaskSwitch => Next::Crash("hardware task switch"),
+        Exit::EntryFailed { .. } => Next::Crash("the processor refused the guest state"),
+        Exit::Unknown { .. } => Next::Crash("exit of an unknown kind"),
+        Exit::Interrupt | Exit::Nmi => Next::Resume,
+    }
+}
+
+/// Injects an exception and goes on.
+fn inject(cx: &mut Cx<'_>, e: Event) -> Next {
+    cx.st.hw.inject(e);
+    Next::Resume
+}
+
+/// Writes to the log where a crashed guest was and what it was doing.
+pub fn report_crash(cx: &Cx<'_>, exit: Exit, reason: &str) {
+    let r = &cx.st.regs;
+    let hw = &cx.st.hw;
+    log::error!("{:?}: {reason}: {exit:x?}", cx.vcpu);
+    log::error!(
+        "  cs:rip {:04x}:{:016x} rflags {:08x}{} cr0 {:x} cr2 {:x} cr3 {:x} cr4 {:x} efer {:x}",
+        hw.segment(Seg::Cs).sel,
+        hw.rip(),
+        hw.rflags(),
+        if hw.rflags() & RFLAGS_IF != 0 { " IF" } else { "" },
+        hw.cr(0),
+        hw.cr(2),
+        hw.cr(3),
+        hw.cr(4),
+        hw.efer()
+    );
+    log::error!("  rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}", r.rax, r.rbx, r.rcx, r.rdx);
+    log::error!("  rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}", r.rsi, r.rdi, r.rbp, r.rsp);
+    log::error!("  r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}", r.r8, r.r9, r.r10, r.r11);
+    log::error!("  r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}", r.r12, r.r13, r.r14, r.r15);
+}

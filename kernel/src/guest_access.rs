@@ -1,0 +1,307 @@
+//! Guest memory as hypercalls and emulation reach it: by virtual address through the guest's own
+//! page tables, or by guest physical address, always by copying.
+//!
+//! Nothing here hands out a reference into guest memory, so that a value is fetched once and then
+//! checked (design rule 2). Accessed and dirty bits are set as the processor would.
+//! (AMD APM "Page Translation and Protection"; Intel SDM "Paging".)
+
+use alloc::sync::Arc;
+
+use galvan_base::state::{CR0_PG, CR4_PAE, CR4_PSE, EFER_LMA};
+use galvan_base::{Gfn, Gpa, PAGE_SIZE};
+use galvan_dom0_proto::errno::Errno;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::domain::Domain;
+use crate::hv::Hv;
+use crate::p2m::Want;
+use crate::vcpu::{Vcpu, VcpuState};
+
+/// Everything an exit or hypercall handler works on: the vCPU that is being served.
+#[derive(Debug)]
+pub struct Cx<'a> {
+    /// The hypervisor.
+    pub hv: Hv,
+    /// The domain.
+    pub dom: &'a Arc<Domain>,
+    /// The vCPU.
+    pub vcpu: &'a Arc<Vcpu>,
+    /// Its state, owned while it is served.
+    pub st: &'a mut VcpuState,
+}
+
+/// Why a guest virtual address could not be used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WalkFault {
+    /// The guest's tables do not map it so: the #PF error code's P bit.
+    PageFault {
+        /// A translation is present but forbids the access.
+        present: bool,
+    },
+    /// Not a canonical address.
+    NotCanonical,
+    /// A page table or the page itself is not guest RAM; the address that is not.
+    NotRam(Gpa),
+}
+
+impl From<WalkFault> for Errno {
+    fn from(_: WalkFault) -> Errno {
+        Errno::EFAULT
+    }
+}
+
+const PTE_P: u64 = 1;
+const PTE_W: u64 = 1 << 1;
+const PTE_A: u64 = 1 << 5;
+const PTE_D: u64 = 1 << 6;
+const PTE_PS: u64 = 1 << 7;
+const PTE_ADDR: u64 = 0x000f_ffff_ffff_f000;
+
+impl Cx<'_> {
+    /// Translates a guest virtual address for a supervisor access; user pages are allowed, as
+    /// hypercall buffers of the tools are. Sets accessed and dirty bits.
+    pub fn translate(&self, gva: u64, write: bool) -> Result<Gpa, WalkFault> {
+        let hw = &self.st.hw;
+        if hw.cr(0) & CR0_PG == 0 {
+            return Ok(Gpa::new_truncate(gva & 0xffff_ffff));
+        }
+        let cr4 = hw.cr(4);
+        let cr3 = hw.cr(3);
+        if hw.efer() & EFER_LMA != 0 {
+            if (gva as i64) << 16 >> 16 != gva as i64 {
+                return Err(WalkFault::NotCanonical);
+            }
+            self.walk(cr3 & PTE_ADDR, gva, &LONG, write)
+        } else if cr4 & CR4_PAE != 0 {
+            // The four PDPTEs have neither W nor A (Intel SDM "PAE Paging").
+            let pdpte_at = (cr3 & 0xffff_ffe0) + ((gva >> 30) & 3) * 8;
+            let pdpte = self.load(pdpte_at, 8)?;
+            if pdpte & PTE_P == 0 {
+                return Err(WalkFault::PageFault { present: false });
+            }
+            self.walk(pdpte & PTE_ADDR, gva & 0xffff_ffff, &PAE, write)
+        } else {
+            self.walk(
+                cr3 & 0xffff_f000,
+                gva & 0xffff_ffff,
+                if cr4 & CR4_PSE != 0 {
+                    &LEGACY_PSE
+                } else {
+                    &LEGACY
+                },
+                write,
+            )
+        }
+    }
+
+    fn walk(&self, mut table: u64, gva: u64, mode: &Mode, write: bool) -> Result<Gpa, WalkFault> {
+        for (i, level) in mode.levels.iter().enumerate() {
+            let index = (gva >> level.shift) & level.mask;
+            let at = table + index * mode.entry;
+            let pte = self.load(at, mode.entry)?;
+            if pte & PTE_P == 0 {
+                return Err(WalkFault::PageFault { present: false });
+            }
+            if write && pte & PTE_W == 0 {
+                return Err(WalkFault::PageFault { present: true });
+            }
+            let last = i + 1 == mode.levels.len();
+            let leaf = last || (level.superpage && pte & PTE_PS != 0);
+            let want = if leaf && write { PTE_A | PTE_D } else { PTE_A };
+            if pte & want != want {
+                self.set_bits(at, want)?;
+            }
+            if !leaf {
+                table = if mode.entry == 8 {
+                    pte & PTE_ADDR
+                } else {
+                    pte & 0xffff_f000
+                };
+                continue;
+            }
+            let size = 1u64 << level.shift;
+            let base = if mode.entry == 8 {
+                pte & PTE_ADDR & !(size - 1)
+            } else if last {
+                pte & 0xffff_f000
+            } else {
+                // PSE-36: bits 13-20 of a 4 MiB entry are address bits 32-39.
+                (pte & 0xffc0_0000) | ((pte >> 13) & 0xff) << 32
+            };
+            return Ok(Gpa::new_truncate(base | gva & (size - 1)));
+        }
+        Err(WalkFault::PageFault { present: false })
+    }
+
+    fn load(&self, gpa: u64, size: u64) -> Result<u64, WalkFault> {
+        let a = Gpa::new_truncate(gpa);
+        let page = self
+            .dom
+            .p2m
+            .get_page(a.frame(), Want::Read)
+            .map_err(|_| WalkFault::NotRam(a))?;
+        let r = if size == 8 {
+            self.hv.hw.load_u64(page.mfn(), a.offset())
+        } else {
+            self.hv.hw.load_u32(page.mfn(), a.offset()).map(u64::from)
+        };
+        r.map_err(|_| WalkFault::NotRam(a))
+    }
+
+    fn set_bits(&self, gpa: u64, bits: u64) -> Result<(), WalkFault> {
+        let a = Gpa::new_truncate(gpa);
+        let page = self
+            .dom
+            .p2m
+            .get_page(a.frame(), Want::Write)
+            .map_err(|_| WalkFault::NotRam(a))?;
+        self.hv
+            .hw
+            .or_u32(page.mfn(), a.offset(), bits as u32)
+            .map(|_| ())
+            .map_err(|_| WalkFault::NotRam(a))
+    }
+
+    /// Copies from guest virtual memory.
+    pub fn read_bytes(&self, mut gva: u64, mut buf: &mut [u8]) -> Result<(), WalkFault> {
+        while !buf.is_empty() {
+            let gpa = self.translate(gva, false)?;
+            let n = buf.len().min(PAGE_SIZE - gpa.offset());
+            let (now, rest) = buf.split_at_mut(n);
+            read_gpa(self.hv, self.dom, gpa, now).map_err(|_| WalkFault::NotRam(gpa))?;
+            gva = gva.wrapping_add(n as u64);
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Copies into guest virtual memory.
+    pub fn write_bytes(&self, mut gva: u64, mut buf: &[u8]) -> Result<(), WalkFault> {
+        while !buf.is_empty() {
+            let gpa = self.translate(gva, true)?;
+            let n = buf.len().min(PAGE_SIZE - gpa.offset());
+            let (now, rest) = buf.split_at(n);
+            write_gpa(self.hv, self.dom, gpa, now).map_err(|_| WalkFault::NotRam(gpa))?;
+            gva = gva.wrapping_add(n as u64);
+            buf = rest;
+        }
+        Ok(())
+    }
+
+    /// Reads one value.
+    pub fn get<T: FromBytes + IntoBytes>(&self, gva: u64) -> Result<T, Errno> {
+        let mut v = T::new_zeroed();
+        self.read_bytes(gva, v.as_mut_bytes())?;
+        Ok(v)
+    }
+
+    /// Writes one value.
+    pub fn put<T: IntoBytes + Immutable>(&self, gva: u64, v: &T) -> Result<(), Errno> {
+        self.write_bytes(gva, v.as_bytes())?;
+        Ok(())
+    }
+
+    /// Reads element `i` of an array; EFAULT if its address wraps.
+    pub fn get_at<T: FromBytes + IntoBytes>(&self, base: u64, i: u64) -> Result<T, Errno> {
+        self.get(element(base, i, size_of::<T>())?)
+    }
+
+    /// Writes element `i` of an array; EFAULT if its address wraps.
+    pub fn put_at<T: IntoBytes + Immutable>(&self, base: u64, i: u64, v: &T) -> Result<(), Errno> {
+        self.put(element(base, i, size_of::<T>())?, v)
+    }
+}
+
+fn element(base: u64, i: u64, size: usize) -> Result<u64, Errno> {
+    i.checked_mul(size as u64)
+        .and_then(|o| base.checked_add(o))
+        .ok_or(Errno::EFAULT)
+}
+
+/// One level of a guest page-table walk.
+struct Level {
+    shift: u32,
+    mask: u64,
+    superpage: bool,
+}
+
+/// A paging mode.
+struct Mode {
+    entry: u64,
+    levels: &'static [Level],
+}
+
+const fn level(shift: u32, bits: u32, superpage: bool) -> Level {
+    Level {
+        shift,
+        mask: (1 << bits) - 1,
+        superpage,
+    }
+}
+
+static LONG: Mode = Mode {
+    entry: 8,
+    levels: &[
+        level(39, 9, false),
+        level(30, 9, true),
+        level(21, 9, true),
+        level(12, 9, false),
+    ],
+};
+static PAE: Mode = Mode {
+    entry: 8,
+    levels: &[level(21, 9, true), level(12, 9, false)],
+};
+static LEGACY: Mode = Mode {
+    entry: 4,
+    levels: &[level(22, 10, false), level(12, 10, false)],
+};
+static LEGACY_PSE: Mode = Mode {
+    entry: 4,
+    levels: &[level(22, 10, true), level(12, 10, false)],
+};
+
+/// Copies out of a domain's RAM by guest physical address, within one page or across several.
+pub fn read_gpa(hv: Hv, d: &Domain, mut gpa: Gpa, mut buf: &mut [u8]) -> Result<(), Errno> {
+    while !buf.is_empty() {
+        let n = buf.len().min(PAGE_SIZE - gpa.offset());
+        let (now, rest) = buf.split_at_mut(n);
+        let page = d
+            .p2m
+            .get_page(gpa.frame(), Want::Read)
+            .map_err(|_| Errno::EFAULT)?;
+        hv.hw
+            .read(page.mfn(), gpa.offset(), now)
+            .map_err(|_| Errno::EFAULT)?;
+        buf = rest;
+        if !buf.is_empty() {
+            gpa = gpa.checked_add(n as u64).ok_or(Errno::EFAULT)?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies into a domain's RAM by guest physical address, within one page or across several.
+pub fn write_gpa(hv: Hv, d: &Domain, mut gpa: Gpa, mut buf: &[u8]) -> Result<(), Errno> {
+    while !buf.is_empty() {
+        let n = buf.len().min(PAGE_SIZE - gpa.offset());
+        let (now, rest) = buf.split_at(n);
+        let page = d
+            .p2m
+            .get_page(gpa.frame(), Want::Write)
+            .map_err(|_| Errno::EFAULT)?;
+        hv.hw
+            .write(page.mfn(), gpa.offset(), now)
+            .map_err(|_| Errno::EFAULT)?;
+        buf = rest;
+        if !buf.is_empty() {
+            gpa = gpa.checked_add(n as u64).ok_or(Errno::EFAULT)?;
+        }
+    }
+    Ok(())
+}
+
+/// The guest frame of a number from a guest; EINVAL beyond the address space.
+pub fn gfn(n: u64) -> Result<Gfn, Errno> {
+    Gfn::new(n).ok_or(Errno::EINVAL)
+}

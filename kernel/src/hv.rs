@@ -1,0 +1,106 @@
+//! The hypervisor as one value: everything that is not one domain's.
+//!
+//! `kernel/bare` makes the single [`Hypervisor`] of a machine and hands it to every CPU; host tests
+//! make as many as they like over [`galvan_base::testing`]. It lives for ever (`&'static`), so that
+//! it can be reached from interrupt handlers and held by anything.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use galvan_base::hw::{CpuId, Platform};
+
+use crate::console::ConsoleRing;
+use crate::domain::{Domain, DomainTable};
+use crate::irq::HostIrqs;
+use crate::mm::FrameTable;
+use crate::sched::Scheduler;
+use crate::timer::TimerQueues;
+use crate::xen_version::Identity;
+
+/// A reference to the hypervisor that everything may hold.
+pub type Hv = &'static Hypervisor;
+
+/// State that belongs to no domain.
+#[derive(Debug)]
+pub struct Hypervisor {
+    /// The machine.
+    pub hw: &'static dyn Platform,
+    /// Who owns which frame, and the free ones.
+    pub frames: FrameTable,
+    /// All domains by id.
+    pub domains: DomainTable,
+    /// Who runs where.
+    pub sched: Scheduler,
+    /// Deadlines of vCPUs that do not run.
+    pub timers: TimerQueues,
+    /// The log that `xl dmesg` shows.
+    pub console: ConsoleRing,
+    /// The machine's interrupts that are given to domains.
+    pub irqs: HostIrqs,
+    /// Name, version and command line as guests and tools see them.
+    pub identity: Identity,
+    /// What each CPU is doing, written by that CPU alone.
+    pub cpus: Vec<CpuState>,
+    /// Wall-clock time at system time 0, shared by all domains.
+    pub wallclock: crate::time::WallClock,
+    /// The host's CPUID policy, from which every guest's is derived.
+    pub cpu_policy: crate::cpu_policy::HostPolicy,
+}
+
+/// What a CPU tells the others about itself.
+#[derive(Debug, Default)]
+pub struct CpuState {
+    /// Domain id + 1 while guest code of that domain may be executing here, otherwise 0. Written
+    /// with SeqCst before the entry checks the domain's flush epoch: see [`Hypervisor::flush_guest`].
+    pub in_guest: AtomicU32,
+    /// Counts guest entries, so that a waiter sees an exit even when the same domain is entered
+    /// again at once.
+    pub entries: AtomicU64,
+    /// Nanoseconds spent idle.
+    pub idle_ns: AtomicU64,
+    /// Exits taken.
+    pub exits: AtomicU64,
+}
+
+impl Hypervisor {
+    /// Makes the translations of `d` that were removed before this call unusable on every CPU, and
+    /// returns when that is so.
+    ///
+    /// Only guest mode uses second-stage translations held in a TLB. A CPU therefore needs no
+    /// acknowledgement while it is in the hypervisor: it announces the entry (`in_guest`), then
+    /// reads the epoch, and flushes if it moved. Whoever flushes moves the epoch first, then waits
+    /// for those CPUs that had announced themselves to leave guest mode once. A CPU that is being
+    /// waited for is in guest mode, where nothing can keep it from taking the kick; so two CPUs
+    /// flushing at the same time cannot wait for each other.
+    pub fn flush_guest(&self, d: &Domain) {
+        d.flush_epoch.fetch_add(1, Ordering::SeqCst);
+        let me = self.hw.cpu();
+        let tag = u32::from(d.id) + 1;
+        for (n, cpu) in self.cpus.iter().enumerate() {
+            let id = CpuId(n as u32);
+            if id == me || cpu.in_guest.load(Ordering::SeqCst) != tag {
+                continue;
+            }
+            let seen = cpu.entries.load(Ordering::SeqCst);
+            self.hw.kick(id);
+            while cpu.in_guest.load(Ordering::SeqCst) == tag
+                && cpu.entries.load(Ordering::SeqCst) == seen
+            {
+                self.hw.relax();
+            }
+        }
+    }
+
+    /// The hardware domain, once it exists.
+    pub fn dom0(&self) -> Option<Arc<Domain>> {
+        self.domains.get(0)
+    }
+
+    /// Raises a virtual interrupt that concerns the whole machine: it goes to dom0.
+    pub fn raise_global_virq(&'static self, virq: u32) {
+        if let Some(d) = self.dom0() {
+            crate::evtchn::raise_global_virq(self, &d, virq);
+        }
+    }
+}

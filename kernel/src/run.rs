@@ -1,0 +1,205 @@
+//! What a CPU does for ever: pick a vCPU, run it until it stops, pick the next.
+//!
+//! One stack per CPU: a vCPU that waits has no stack, only its state; it goes on by being entered
+//! again (design rule 7, style 1.4). This is the only place that enters guests and the only one
+//! that applies what handlers ask for ([`Next`]).
+
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use galvan_base::exit::Exit;
+use galvan_base::state::ArchState;
+
+use crate::domain::Domain;
+use crate::exit::{self, Next};
+use crate::guest_access::Cx;
+use crate::hv::Hv;
+use crate::vcpu::{Vcpu, block, request};
+
+/// Runs vCPUs on the calling CPU. Does not return.
+pub fn cpu_loop(hv: Hv) -> ! {
+    loop {
+        run_once(hv);
+    }
+}
+
+/// One turn of [`cpu_loop`]: runs the vCPU that is due until it stops, or idles until there is
+/// work.
+pub fn run_once(hv: Hv) {
+    let cpu = hv.hw.cpu();
+    hv.timers.expire(hv, cpu);
+    match hv.sched.pick(hv, cpu) {
+        Some(v) => {
+            if let Some(d) = v.domain() {
+                run_vcpu(hv, &d, &v);
+            }
+            hv.sched.put_back(hv, cpu, &v);
+        }
+        None => {
+            hv.hw.set_timer(hv.timers.next_deadline(cpu));
+            let start = hv.hw.now_ns();
+            hv.hw.idle(&|| hv.sched.has_work(cpu));
+            if let Some(c) = hv.cpus.get(cpu.0 as usize) {
+                c.idle_ns
+                    .fetch_add(hv.hw.now_ns().saturating_sub(start), Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// Runs one vCPU on this CPU until it blocks, is stopped, or its turn is over.
+fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
+    let cpu = hv.hw.cpu();
+    let Some(me) = hv.cpus.get(cpu.0 as usize) else {
+        return;
+    };
+    let tag = u32::from(d.id) + 1;
+    let mut guard = v.state();
+    hv.timers.cancel(cpu, v);
+    guard.hw.load();
+    crate::time::scheduled_in(&mut Cx {
+        hv,
+        dom: d,
+        vcpu: v,
+        st: &mut guard,
+    });
+    loop {
+        let mut cx = Cx {
+            hv,
+            dom: d,
+            vcpu: v,
+            st: &mut guard,
+        };
+        hv.timers.expire(hv, cpu);
+        if v.has_posted() {
+            serve_requests(&mut cx);
+        }
+        crate::time::expire_own(&mut cx);
+        if !v.runnable() || hv.sched.must_yield(hv, cpu) {
+            break;
+        }
+        if !crate::upcall::prepare_entry(&mut cx) {
+            // Halted and nothing to wake it. Say so before looking once more: whoever posts after
+            // the look sees the flag and wakes us.
+            v.blocked.fetch_or(block::HALTED, Ordering::SeqCst);
+            if v.has_posted() {
+                v.blocked.fetch_and(!block::HALTED, Ordering::SeqCst);
+                continue;
+            }
+            if crate::shutdown::halted_for_good(&mut cx) {
+                v.blocked.fetch_or(block::DOWN, Ordering::SeqCst);
+            }
+            break;
+        }
+
+        let deadline = [
+            cx.st.next_deadline(),
+            exit::apic::deadline(cx.st, hv),
+            hv.timers.next_deadline(cpu),
+            hv.sched.turn_ends(hv, cpu),
+        ]
+        .into_iter()
+        .flatten()
+        .min();
+        hv.timers.arm(hv, cpu, deadline);
+
+        me.in_guest.store(tag, Ordering::SeqCst);
+        let epoch = d.flush_epoch.load(Ordering::SeqCst);
+        if epoch != cx.st.flush_epoch {
+            cx.st.flush_epoch = epoch;
+            cx.st.hw.flush_tlb();
+        }
+        // Whoever changed something for us before we announced the entry has not kicked us.
+        if v.has_posted() || !v.runnable() || hv.sched.must_yield(hv, cpu) {
+            me.in_guest.store(0, Ordering::SeqCst);
+            continue;
+        }
+        let st = &mut *cx.st;
+        let exit = st.hw.enter(&mut st.regs);
+        me.entries.fetch_add(1, Ordering::Relaxed);
+        me.in_guest.store(0, Ordering::SeqCst);
+
+        if matches!(exit, Exit::Interrupt | Exit::Nmi) {
+            hv.hw.take_interrupts();
+            continue;
+        }
+        match exit::handle(&mut cx, exit) {
+            Next::Resume => {}
+            Next::Yield => {
+                hv.sched.yield_turn(hv, cpu);
+                break;
+            }
+            Next::Block => {
+                if v.blocked.load(Ordering::SeqCst) != 0 {
+                    break;
+                }
+            }
+            Next::Crash(reason) => {
+                crate::exit::report_crash(&cx, exit, reason);
+                d.crash(hv, reason);
+                break;
+            }
+        }
+    }
+    let mut cx = Cx {
+        hv,
+        dom: d,
+        vcpu: v,
+        st: &mut guard,
+    };
+    crate::time::scheduled_out(&mut cx);
+    cx.st.hw.unload();
+    if !v.runnable()
+        && let Some(at) = [cx.st.next_deadline(), exit::apic::deadline(cx.st, hv)]
+            .into_iter()
+            .flatten()
+            .min()
+    {
+        hv.timers.insert(hv, cpu, v, at);
+    }
+}
+
+/// Does what others have asked this vCPU to do.
+fn serve_requests(cx: &mut Cx<'_>) {
+    let v = cx.vcpu;
+    if v.posted_any.swap(0, Ordering::SeqCst) != 0 {
+        let take = |words: &[AtomicU64; 4], which: [u64; 4]| {
+            let mut out = [0; 4];
+            for ((w, o), mask) in words.iter().zip(&mut out).zip(which) {
+                if mask != 0 {
+                    *o = w.fetch_and(!mask, Ordering::SeqCst) & mask;
+                }
+            }
+            out
+        };
+        let vectors = take(&v.posted, [!0; 4]);
+        let level = take(&v.posted_level, vectors);
+        cx.st.lapic.sync_posted(vectors, level);
+    }
+    let asked = v.requests.swap(0, Ordering::SeqCst);
+    if asked == 0 {
+        return;
+    }
+    if asked & request::UPCALL != 0 {
+        crate::upcall::raise(cx.hv, v);
+    }
+    if asked & request::TIME != 0 {
+        crate::time::write_vcpu_time(cx);
+    }
+    if asked & request::NMI != 0 {
+        cx.st.nmi_pending = true;
+    }
+    if asked & request::INIT != 0 {
+        cx.st.reset_to(&ArchState::at_reset());
+        cx.st.lapic.init();
+        v.apic_view
+            .store(cx.st.lapic.address().bits(), Ordering::Release);
+        if asked & request::SIPI == 0 {
+            v.blocked.fetch_or(block::DOWN, Ordering::SeqCst);
+        }
+    }
+    if asked & request::SIPI != 0 {
+        cx.st
+            .reset_to(&ArchState::at_sipi((asked >> request::SIPI_SHIFT) as u8));
+    }
+}

@@ -1,0 +1,826 @@
+//! The run queues: who waits, who runs, who is next. Pure decisions over time as a parameter.
+//!
+//! Generic over what is scheduled ([`Entity`]) and without access to the machine: every call says
+//! what time it is, and gives back the CPUs that must be kicked. [`super::Scheduler`] joins it to
+//! vCPUs and the platform; the tests run it in virtual time and with threads as CPUs.
+//!
+//! How it decides and why races are harmless is described in [`super`].
+
+use alloc::boxed::Box;
+use alloc::collections::VecDeque;
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use galvan_base::CpuId;
+use galvan_base::hw::Exhausted;
+use galvan_base::sync::{Guard, RankedLock, rank};
+
+use super::cpuset::{CpuSet, bits};
+use super::share::{DomainShare, RATE_SHIFT};
+use super::unit::{SchedUnit, State};
+
+/// The longest turn while somebody else waits, in ns.
+pub const MAX_SLICE: u64 = 10_000_000;
+/// The shortest turn that is planned, in ns; only a cap ends one earlier.
+pub const MIN_SLICE: u64 = 100_000;
+/// Rate limit at start, in ns: so long a turn is not ended for the sake of a woken vCPU.
+pub const DEFAULT_RATELIMIT: u64 = 1_000_000;
+/// CPUs that share a run queue unless the topology says otherwise.
+pub const QUEUE_CPUS: u32 = 16;
+
+/// Within this time, roughly, all that wait on a CPU should have had a turn.
+const ROUND: u64 = 16_000_000;
+/// So much own CPU time a vCPU can save up while it sleeps.
+const BURST: u64 = 5_000_000;
+/// So far a CPU looks beyond the first in line for one that prefers this CPU.
+const SOFT_PATIENCE: u64 = 5_000_000;
+/// How often a busy queue looks whether another is less busy.
+const BALANCE_PERIOD: u64 = 10_000_000;
+/// How many waiting units are considered for being moved to another queue.
+const BALANCE_SCAN: usize = 16;
+const NEVER: u64 = u64::MAX;
+
+/// What is scheduled: a handle to a vCPU. Cloning it is cheap; the queues hold clones.
+pub trait Entity: Clone {
+    /// The scheduler's part of it.
+    fn unit(&self) -> &SchedUnit;
+    /// Whether nothing keeps it from running. Read under queue locks: must not lock.
+    fn runnable(&self) -> bool;
+}
+
+/// All run queues of a machine.
+pub struct RunQueues<E> {
+    queues: Box<[Queue<E>]>,
+    cpus: Box<[Cpu]>,
+    ratelimit: AtomicU64,
+    /// How many units there are: the capacity of every queue.
+    live: Arc<AtomicUsize>,
+}
+
+/// What is known of a CPU outside its queue's lock. A cache line of its own: it is read on every
+/// exit.
+#[repr(align(64))]
+struct Cpu {
+    queue: u32,
+    /// Its place in the masks of its queue.
+    index: u32,
+    /// When it must look at its queue again, [`NEVER`] if nobody waits for it: the earliest of the
+    /// times in its [`Run`]. Written under the queue's lock.
+    look_at: AtomicU64,
+    /// Somebody has work for it; the next pick takes that back.
+    poked: AtomicBool,
+    /// The unit it runs has asked to go behind the others. Only of concern to the CPU itself.
+    yielding: AtomicBool,
+}
+
+struct Queue<E> {
+    inner: RankedLock<Inner<E>, { rank::SCHED }>,
+    /// Its CPUs; masks are by index in this list.
+    cpus: Box<[CpuId]>,
+    /// CPUs that found nothing to do and have not been given work since. Whoever takes a bit out
+    /// has to poke that CPU.
+    idle: AtomicU64,
+    /// How many wait (`Inner::ready`).
+    waiting: AtomicU32,
+    /// Sum of the weights of those that wait or run here.
+    load: AtomicU64,
+}
+
+struct Inner<E> {
+    /// Who waits, by virtual time; equals in the order of arrival.
+    ready: VecDeque<Entry<E>>,
+    /// Who waits for a cap period.
+    parked: Vec<Parked<E>>,
+    runs: Box<[Run]>,
+    /// CPUs that run a unit.
+    busy: u64,
+    balance_at: u64,
+}
+
+struct Entry<E> {
+    vt: u64,
+    rate: u64,
+    hard: u64,
+    soft: u64,
+    e: E,
+}
+
+struct Parked<E> {
+    until: u64,
+    /// The CPU that looks after it.
+    owner: u32,
+    e: E,
+}
+
+/// What a CPU runs. All but `unpark_at` has a meaning only while its bit in `busy` is set.
+#[derive(Clone, Copy)]
+struct Run {
+    /// Virtual time of the unit at `charged`.
+    vt: u64,
+    rate: u64,
+    /// Until when virtual time has been charged.
+    charged: u64,
+    /// Begin of the turn.
+    start: u64,
+    /// End of the turn, [`NEVER`] while nobody waits that could run here.
+    slice_end: u64,
+    /// End of the time reserved from a capped domain, [`NEVER`] without a cap.
+    cap_end: u64,
+    /// The unit has to be put back whoever waits: its affinity or its share has changed.
+    evict: bool,
+    /// When the first of the parked units this CPU looks after is due.
+    unpark_at: u64,
+}
+
+impl Run {
+    const NONE: Run = Run {
+        vt: 0,
+        rate: 1 << RATE_SHIFT,
+        charged: 0,
+        start: 0,
+        slice_end: NEVER,
+        cap_end: NEVER,
+        evict: false,
+        unpark_at: NEVER,
+    };
+
+    /// Virtual time at `now`. A turn during which nobody waited is charged as one slice at most: it
+    /// was at nobody's cost.
+    fn vt_at(&self, now: u64) -> u64 {
+        self.vt.wrapping_add(virtual_time(now.saturating_sub(self.charged).min(MAX_SLICE), self.rate))
+    }
+
+    fn charge(&mut self, now: u64) {
+        self.vt = self.vt_at(now);
+        self.charged = now;
+    }
+
+    fn look_at(&self) -> u64 {
+        self.slice_end.min(self.cap_end).min(self.unpark_at)
+    }
+}
+
+/// The first in line for a CPU, as far as its choice depends on it.
+#[derive(Clone, Copy)]
+struct Head {
+    vt: u64,
+    rate: u64,
+    hard: u64,
+}
+
+impl<E> RunQueues<E> {
+    /// One run queue for every 16 CPUs, in the order of their numbers.
+    pub fn new(cpus: u32) -> Self {
+        let queues = cpus.div_ceil(QUEUE_CPUS).max(1);
+        let per_queue = cpus.div_ceil(queues).max(1);
+        let groups: Vec<u32> = (0..cpus).map(|c| c / per_queue).collect();
+        Self::with_groups(&groups)
+    }
+
+    /// CPU `n` uses the run queue number `group[n]`. Groups are numbered from 0 without gaps and
+    /// have at most 64 CPUs; CPUs beyond that are not scheduled on.
+    pub fn with_groups(group: &[u32]) -> Self {
+        let n = group.iter().copied().max().map_or(1, |g| g + 1);
+        let mut members: Vec<Vec<CpuId>> = (0..n).map(|_| Vec::new()).collect();
+        let mut cpus = Vec::new();
+        for (c, g) in (0..super::MAX_CPUS).zip(group) {
+            let Some(m) = members.get_mut(*g as usize).filter(|m| m.len() < 64) else { break };
+            cpus.push(Cpu {
+                queue: *g,
+                index: m.len() as u32,
+                look_at: AtomicU64::new(NEVER),
+                poked: AtomicBool::new(false),
+                yielding: AtomicBool::new(false),
+            });
+            m.push(CpuId(c));
+        }
+        RunQueues {
+            queues: members
+                .into_iter()
+                .map(|m| Queue {
+                    inner: RankedLock::new(Inner {
+                        ready: VecDeque::new(),
+                        parked: Vec::new(),
+                        runs: core::iter::repeat_n(Run::NONE, m.len()).collect(),
+                        busy: 0,
+                        balance_at: 0,
+                    }),
+                    cpus: m.into_boxed_slice(),
+                    idle: AtomicU64::new(0),
+                    waiting: AtomicU32::new(0),
+                    load: AtomicU64::new(0),
+                })
+                .collect(),
+            cpus: cpus.into_boxed_slice(),
+            ratelimit: AtomicU64::new(DEFAULT_RATELIMIT),
+            live: Arc::new(AtomicUsize::new(0)),
+        }
+    }
+
+    /// Rate limit in ns.
+    pub fn ratelimit(&self) -> u64 {
+        self.ratelimit.load(Ordering::Relaxed)
+    }
+
+    /// Changes the rate limit for turns planned from now on.
+    pub fn set_ratelimit(&self, ns: u64) {
+        self.ratelimit.store(ns, Ordering::Relaxed);
+    }
+
+    /// The CPUs that are scheduled on.
+    pub fn cpus(&self) -> CpuSet {
+        CpuSet::first(self.cpus.len() as u32)
+    }
+
+    /// When `cpu` has to call [`RunQueues::must_yield`] (or, idle, [`RunQueues::pick`]) again at the
+    /// latest.
+    #[inline]
+    pub fn look_at(&self, cpu: CpuId) -> Option<u64> {
+        let at = self.cpus.get(cpu.0 as usize)?.look_at.load(Ordering::Acquire);
+        (at != NEVER).then_some(at)
+    }
+
+    /// Whether somebody has found work for an idle CPU since its last pick.
+    pub fn has_work(&self, cpu: CpuId) -> bool {
+        self.cpus.get(cpu.0 as usize).is_some_and(|c| c.poked.load(Ordering::SeqCst))
+    }
+
+    /// What runs on `cpu` wants to go behind those that wait. Called by that CPU.
+    pub fn yield_turn(&self, cpu: CpuId) {
+        if let Some(c) = self.cpus.get(cpu.0 as usize) {
+            c.yielding.store(true, Ordering::Relaxed);
+        }
+    }
+
+    fn queue(&self, n: u32) -> Option<&Queue<E>> {
+        self.queues.get(n as usize)
+    }
+
+    /// Gives the unit to a queue, under the lock of the one that it belonged to.
+    fn assign(&self, u: &SchedUnit, queue: u32) {
+        if let Some(q) = self.queue(queue) {
+            let (hard, soft) = q.masks(u);
+            u.hard_mask.store(hard, Ordering::Relaxed);
+            u.soft_mask.store(soft, Ordering::Relaxed);
+        }
+        u.queue.store(queue, Ordering::Release);
+    }
+
+    /// The queue in which the unit should wait: the one it is in if its affinity allows, preferably
+    /// one where it has CPUs of its soft affinity.
+    fn best_queue(&self, u: &SchedUnit) -> u32 {
+        let now_in = u.queue.load(Ordering::Relaxed);
+        if u.soft_mask.load(Ordering::Relaxed) != u.hard_mask.load(Ordering::Relaxed) {
+            return now_in;
+        }
+        let (hard, soft) = (u.hard.get(), u.soft.get());
+        let in_soft = |q: &Queue<E>| q.cpus.iter().any(|c| hard.contains(*c) && soft.contains(*c));
+        let in_hard = |q: &Queue<E>| q.cpus.iter().any(|c| hard.contains(*c));
+        let here = self.queue(now_in);
+        if here.is_some_and(in_soft) {
+            return now_in;
+        }
+        if let Some(i) = self.queues.iter().position(in_soft) {
+            return i as u32;
+        }
+        if here.is_some_and(in_hard) {
+            return now_in;
+        }
+        self.queues.iter().position(in_hard).map_or(now_in, |i| i as u32)
+    }
+
+    fn lock_unit(&self, u: &SchedUnit) -> Option<(u32, &Queue<E>, Guard<'_, Inner<E>>)> {
+        loop {
+            let n = u.queue.load(Ordering::Acquire);
+            let q = self.queue(n)?;
+            let inner = q.inner.lock();
+            if u.queue.load(Ordering::Relaxed) == n {
+                return Some((n, q, inner));
+            }
+        }
+    }
+
+    /// The quantum by which a turn may overtake the first in line, in ns.
+    fn quantum(&self, waiting: usize, cpus: usize, rate: u64, head_rate: u64) -> u64 {
+        let mut q = ROUND / (1 + waiting.div_ceil(cpus.max(1))) as u64;
+        if rate > head_rate {
+            // A lighter one takes its smaller part in smaller pieces, not at longer intervals.
+            q = (u128::from(q) * u128::from(head_rate) / u128::from(rate)) as u64;
+        }
+        q.clamp(self.ratelimit().clamp(MIN_SLICE, MAX_SLICE), MAX_SLICE)
+    }
+}
+
+impl<E> Queue<E> {
+    fn masks(&self, u: &SchedUnit) -> (u64, u64) {
+        let (h, s) = (u.hard.get(), u.soft.get());
+        let (mut hard, mut soft) = (0, 0);
+        for (i, c) in self.cpus.iter().enumerate() {
+            hard |= u64::from(h.contains(*c)) << i;
+            soft |= u64::from(s.contains(*c)) << i;
+        }
+        (hard, if hard & soft == 0 { hard } else { hard & soft })
+    }
+
+    /// Takes one of `among` out of the idle ones.
+    fn claim_idle(&self, among: u64, preferred: u64, last: u64) -> Option<u32> {
+        loop {
+            let idle = self.idle.load(Ordering::SeqCst) & among;
+            let from = [idle & preferred & last, idle & preferred, idle & last, idle];
+            let bit = from.into_iter().find(|m| *m != 0)?.trailing_zeros();
+            if self.idle.fetch_and(!(1 << bit), Ordering::SeqCst) >> bit & 1 != 0 {
+                return Some(bit);
+            }
+        }
+    }
+
+    fn index_of(&self, cpu: CpuId) -> Option<u32> {
+        self.cpus.iter().position(|c| *c == cpu).map(|i| i as u32)
+    }
+
+    fn count(&self, u: &SchedUnit) {
+        let w = u.share.weight();
+        let before = u.counted.swap(w, Ordering::Relaxed);
+        if before != w {
+            self.load.fetch_add(u64::from(w).wrapping_sub(u64::from(before)), Ordering::Relaxed);
+        }
+    }
+
+    fn uncount(&self, u: &SchedUnit) {
+        let before = u.counted.swap(0, Ordering::Relaxed);
+        self.load.fetch_sub(u64::from(before), Ordering::Relaxed);
+    }
+
+    fn publish_waiting(&self, inner: &Inner<E>) {
+        self.waiting.store(inner.ready.len() as u32, Ordering::SeqCst);
+    }
+}
+
+impl<E> Inner<E> {
+    /// The first in line among those that may run on one of `cpus`.
+    fn head(&self, cpus: u64) -> Option<Head> {
+        let e = self.ready.iter().find(|e| e.hard & cpus != 0)?;
+        Some(Head { vt: e.vt, rate: e.rate, hard: e.hard })
+    }
+
+    fn run(&mut self, bit: u32) -> Option<&mut Run> {
+        self.runs.get_mut(bit as usize)
+    }
+
+    fn insert(&mut self, entry: Entry<E>) {
+        let at = self.ready.partition_point(|x| !before(entry.vt, x.vt));
+        self.ready.insert(at, entry);
+    }
+}
+
+impl<E: Entity> Inner<E> {
+    fn take_ready(&mut self, u: &SchedUnit) -> Option<E> {
+        let from = self.ready.partition_point(|x| before(x.vt, u.vt()));
+        let at = (from..self.ready.len()).find(|i| self.ready.get(*i).is_some_and(|x| core::ptr::eq(x.e.unit(), u)))?;
+        self.ready.remove(at).map(|x| x.e)
+    }
+
+    fn take_parked(&mut self, u: &SchedUnit) -> Option<E> {
+        let at = self.parked.iter().position(|p| core::ptr::eq(p.e.unit(), u))?;
+        Some(self.parked.swap_remove(at).e)
+    }
+
+    /// Who should run on the CPU `bit`: the first in line, but one that prefers this CPU goes
+    /// before one that does not if it is close behind.
+    fn choose(&self, bit: u32) -> Option<usize> {
+        let on = 1u64 << bit;
+        let mut first: Option<(usize, u64)> = None;
+        for (i, e) in self.ready.iter().enumerate().filter(|(_, e)| e.hard & on != 0) {
+            match first {
+                None if e.soft & on != 0 => return Some(i),
+                None => first = Some((i, e.vt.wrapping_add(virtual_time(SOFT_PATIENCE, e.rate)))),
+                Some((f, limit)) if before(limit, e.vt) => return Some(f),
+                Some(_) if e.soft & on != 0 => return Some(i),
+                Some(_) => {}
+            }
+        }
+        first.map(|(i, _)| i)
+    }
+}
+
+impl<E: Entity> RunQueues<E> {
+    /// The scheduler's part of a new vCPU, which is not runnable yet. Makes room for it in all
+    /// queues, so that scheduling never allocates.
+    pub fn new_unit(&self, share: &Arc<DomainShare>) -> Result<SchedUnit, Exhausted> {
+        let n = self.live.fetch_add(1, Ordering::Relaxed) + 1;
+        let u = SchedUnit::new(share, self.live.clone());
+        for q in &self.queues {
+            let mut inner = q.inner.lock();
+            let (ready, parked) = (inner.ready.len(), inner.parked.len());
+            inner.ready.try_reserve(n.saturating_sub(ready)).map_err(|_| Exhausted)?;
+            inner.parked.try_reserve(n.saturating_sub(parked)).map_err(|_| Exhausted)?;
+        }
+        self.assign(&u, (n - 1) as u32 % self.queues.len().max(1) as u32);
+        Ok(u)
+    }
+
+    /// The entity may have become runnable: queues it if so and it is not queued or running. Gives
+    /// the CPUs to kick. `me` is the calling CPU.
+    pub fn wake(&self, e: &E, me: CpuId, now: u64) -> CpuSet {
+        let mut kicks = CpuSet::EMPTY;
+        self.wake_as(e, me, now, true, &mut kicks);
+        kicks
+    }
+
+    fn wake_as(&self, e: &E, me: CpuId, now: u64, fresh: bool, kicks: &mut CpuSet) {
+        let u = e.unit();
+        while let Some((n, q, mut inner)) = self.lock_unit(u) {
+            if u.state() != State::Off || u.gone.load(Ordering::Relaxed) || !e.runnable() {
+                return;
+            }
+            let best = self.best_queue(u);
+            if best != n {
+                self.assign(u, best);
+                continue;
+            }
+            if u.hard_mask.load(Ordering::Relaxed) == 0 {
+                return;
+            }
+            if fresh {
+                u.woken_at.store(now, Ordering::Relaxed);
+            }
+            self.enqueue(n, q, &mut inner, e.clone(), me, now, kicks);
+            return;
+        }
+    }
+
+    /// The entity is perhaps not runnable any more: takes it out of its queue, or gives the CPU
+    /// that runs it to be kicked.
+    pub fn sleep(&self, e: &E) -> CpuSet {
+        let u = e.unit();
+        let Some((_, q, mut inner)) = self.lock_unit(u) else { return CpuSet::EMPTY };
+        // It may have become runnable again, by somebody whose wake has found it still queued.
+        if e.runnable() && !u.gone.load(Ordering::Relaxed) {
+            return CpuSet::EMPTY;
+        }
+        let taken = match u.state() {
+            State::Off => None,
+            State::Queued => inner.take_ready(u),
+            State::Parked => inner.take_parked(u),
+            State::Running => return u.running_on().map_or(CpuSet::EMPTY, CpuSet::of),
+        };
+        if taken.is_some() {
+            u.set_state(State::Off);
+            q.uncount(u);
+            q.publish_waiting(&inner);
+        }
+        // What is taken is dropped after the lock: it may be the last reference.
+        drop(inner);
+        CpuSet::EMPTY
+    }
+
+    /// The entity will never run again. If it runs just now it is kicked, and not queued again.
+    pub fn remove(&self, e: &E) -> CpuSet {
+        if let Some((_, _, inner)) = self.lock_unit(e.unit()) {
+            e.unit().gone.store(true, Ordering::Relaxed);
+            drop(inner);
+        }
+        self.sleep(e)
+    }
+
+    /// Ends the turn of a running entity so that its changed share takes effect.
+    pub fn reconsider(&self, e: &E) -> CpuSet {
+        let u = e.unit();
+        let mut kicks = CpuSet::EMPTY;
+        if let Some((_, q, mut inner)) = self.lock_unit(u)
+            && u.state() == State::Running
+            && let Some(cpu) = u.running_on()
+        {
+            self.evict(q, &mut inner, cpu, &mut kicks);
+        }
+        kicks
+    }
+
+    /// Changes the affinity; `None` leaves it. Fails, changing nothing, if no CPU of the machine is
+    /// in `hard`.
+    pub fn set_affinity(
+        &self,
+        e: &E,
+        hard: Option<CpuSet>,
+        soft: Option<CpuSet>,
+        me: CpuId,
+        now: u64,
+    ) -> Result<CpuSet, NoCpu> {
+        if hard.is_some_and(|h| h.and(&self.cpus()).is_empty()) {
+            return Err(NoCpu);
+        }
+        let u = e.unit();
+        let mut kicks = CpuSet::EMPTY;
+        let Some((n, q, mut inner)) = self.lock_unit(u) else { return Ok(kicks) };
+        if let Some(h) = hard {
+            u.hard.set(h);
+        }
+        if let Some(s) = soft {
+            u.soft.set(s);
+        }
+        self.assign(u, n);
+        let taken = match u.state() {
+            State::Off => None,
+            State::Running => {
+                if let Some(cpu) = u.running_on().filter(|c| !u.hard.get().contains(*c)) {
+                    self.evict(q, &mut inner, cpu, &mut kicks);
+                }
+                None
+            }
+            State::Queued => inner.take_ready(u),
+            State::Parked => inner.take_parked(u),
+        };
+        if taken.is_some() {
+            u.set_state(State::Off);
+            q.uncount(u);
+            q.publish_waiting(&inner);
+        }
+        drop(inner);
+        // Between the locks it is off like one that has just been put to sleep: whoever wakes it
+        // queues it, and we find that done.
+        if let Some(e) = taken {
+            self.wake_as(&e, me, now, false, &mut kicks);
+        }
+        Ok(kicks)
+    }
+
+    /// Chooses what `cpu`, the caller, runs next and marks it as running; `None` to idle.
+    pub fn pick(&self, cpu: CpuId, now: u64) -> (Option<E>, CpuSet) {
+        let mut kicks = CpuSet::EMPTY;
+        let Some((c, q)) = self.cpu(cpu) else { return (None, kicks) };
+        let on = 1u64 << c.index;
+        let mut inner = q.inner.lock();
+        c.poked.store(false, Ordering::SeqCst);
+        if q.idle.load(Ordering::Relaxed) & on != 0 {
+            q.idle.fetch_and(!on, Ordering::SeqCst);
+        }
+        self.unpark(c, q, &mut inner, cpu, now, &mut kicks);
+        let surplus = self.surplus(c.queue, q, &mut inner, now);
+        let mut got = None;
+        while let Some(i) = inner.choose(c.index) {
+            let Some(entry) = inner.ready.remove(i) else { break };
+            match entry.e.unit().share.reserve(now) {
+                Ok(grant) => {
+                    q.publish_waiting(&inner);
+                    self.start(c, q, &mut inner, cpu, &entry, grant, now, &mut kicks);
+                    got = Some(entry.e);
+                    break;
+                }
+                Err(until) => self.park(q, &mut inner, entry.e, cpu, until, &mut kicks),
+            }
+        }
+        if got.is_none() {
+            q.publish_waiting(&inner);
+            if let Some(run) = inner.run(c.index) {
+                run.slice_end = NEVER;
+                run.cap_end = NEVER;
+                c.look_at.store(run.look_at(), Ordering::Release);
+            }
+            // First say that we idle, then look at the other queues; who queues there first says
+            // that it waits, then looks for idle ones.
+            q.idle.fetch_or(on, Ordering::SeqCst);
+        }
+        drop(inner);
+        if let Some(e) = surplus {
+            self.wake_as(&e, cpu, now, false, &mut kicks);
+        }
+        if got.is_none() {
+            got = self.steal(c, q, cpu, now, &mut kicks);
+        }
+        (got, kicks)
+    }
+
+    /// Takes back what `cpu`, the caller, has run; its context is out of the CPU. It is queued
+    /// again if it is runnable.
+    pub fn put_back(&self, cpu: CpuId, e: E, now: u64) -> CpuSet {
+        let mut kicks = CpuSet::EMPTY;
+        let Some((c, q)) = self.cpu(cpu) else { return kicks };
+        let on = 1u64 << c.index;
+        let u = e.unit();
+        let yielding = c.yielding.load(Ordering::Relaxed);
+        if yielding {
+            c.yielding.store(false, Ordering::Relaxed);
+        }
+        let mut inner = q.inner.lock();
+        inner.busy &= !on;
+        u.clock_stop(now);
+        let Some(run) = inner.run(c.index) else { return kicks };
+        run.charge(now);
+        if run.cap_end != NEVER {
+            u.share.refund(run.cap_end as i64 - now as i64);
+        }
+        run.slice_end = NEVER;
+        run.cap_end = NEVER;
+        let (mut vt, rate) = (run.vt, run.rate);
+        c.look_at.store(run.look_at(), Ordering::Release);
+        u.set_running_on(None);
+        u.set_state(State::Off);
+        u.set_vt(vt);
+        if !e.runnable() || u.gone.load(Ordering::Relaxed) {
+            q.uncount(u);
+            drop(inner);
+            return kicks;
+        }
+        if !u.hard.get().contains(cpu) {
+            q.uncount(u);
+            drop(inner);
+            self.wake_as(&e, cpu, now, false, &mut kicks);
+            return kicks;
+        }
+        if let Some(until) = u.share.exhausted(now) {
+            q.count(u);
+            self.park(q, &mut inner, e, cpu, until, &mut kicks);
+            return kicks;
+        }
+        // Virtual times say something only among those that wait for the same CPU. Those who run
+        // where nobody waits, or have a whole CPU and would be due more, drift away from the
+        // others; here is where they meet.
+        let head = inner.head(on);
+        if let Some(h) = head {
+            vt = near(vt, rate, h.vt, h.rate);
+            if yielding && before(vt, h.vt) {
+                vt = h.vt;
+            }
+        }
+        let (hard, soft) = (u.hard_mask.load(Ordering::Relaxed), u.soft_mask.load(Ordering::Relaxed));
+        u.set_vt(vt);
+        u.set_state(State::Queued);
+        q.count(u);
+        inner.insert(Entry { vt, rate: u.share.rate(), hard, soft, e });
+        // The caller picks next. If that will not be this one, another CPU may be free for it.
+        if head.is_some_and(|h| !before(vt, h.vt)) {
+            q.publish_waiting(&inner);
+            self.find_idle(c.queue, q, hard, soft, cpu, None, &mut kicks);
+        }
+        kicks
+    }
+
+    /// Whether `cpu`, the caller, should put back what it runs. `now` is asked only if something
+    /// may have to be done.
+    #[inline]
+    pub fn must_yield(&self, cpu: CpuId, now: impl FnOnce() -> u64) -> (bool, CpuSet) {
+        let Some(c) = self.cpus.get(cpu.0 as usize) else { return (false, CpuSet::EMPTY) };
+        let at = c.look_at.load(Ordering::Acquire);
+        if at == NEVER {
+            return (false, CpuSet::EMPTY);
+        }
+        let now = now();
+        if now < at {
+            return (false, CpuSet::EMPTY);
+        }
+        self.turn_over(c, cpu, now)
+    }
+
+    #[cold]
+    fn turn_over(&self, c: &Cpu, cpu: CpuId, now: u64) -> (bool, CpuSet) {
+        let mut kicks = CpuSet::EMPTY;
+        let Some(q) = self.queue(c.queue) else { return (false, kicks) };
+        let on = 1u64 << c.index;
+        let mut inner = q.inner.lock();
+        self.unpark(c, q, &mut inner, cpu, now, &mut kicks);
+        let head = inner.head(on);
+        let Some(run) = inner.run(c.index) else { return (false, kicks) };
+        let mut over = run.evict || now >= run.cap_end;
+        if now >= run.slice_end && !over {
+            match head {
+                None => run.slice_end = NEVER,
+                Some(h) => {
+                    run.charge(now);
+                    run.vt = near(run.vt, run.rate, h.vt, h.rate);
+                    let more = virtual_time(self.ratelimit().max(MIN_SLICE), run.rate);
+                    if before(h.vt, run.vt.wrapping_add(more)) {
+                        over = true;
+                    } else {
+                        self.plan(q, &mut inner, c.index, now, &mut kicks);
+                    }
+                }
+            }
+        }
+        self.publish(q, &inner, c.index);
+        (over, kicks)
+    }
+
+    fn cpu(&self, cpu: CpuId) -> Option<(&Cpu, &Queue<E>)> {
+        let c = self.cpus.get(cpu.0 as usize)?;
+        Some((c, self.queue(c.queue)?))
+    }
+
+    fn publish(&self, q: &Queue<E>, inner: &Inner<E>, bit: u32) {
+        if let (Some(run), Some(id)) = (inner.runs.get(bit as usize), q.cpus.get(bit as usize))
+            && let Some(c) = self.cpus.get(id.0 as usize)
+        {
+            c.look_at.store(run.look_at(), Ordering::Release);
+        }
+    }
+
+    fn evict(&self, q: &Queue<E>, inner: &mut Inner<E>, cpu: CpuId, kicks: &mut CpuSet) {
+        if let Some(bit) = q.index_of(cpu)
+            && let Some(run) = inner.run(bit)
+        {
+            run.evict = true;
+            run.slice_end = 0;
+            self.publish(q, inner, bit);
+            kicks.insert(cpu);
+        }
+    }
+
+    /// Lets an idle CPU leave [`RunQueues::has_work`] and look again.
+    fn poke(&self, q: &Queue<E>, bit: u32, kicks: &mut CpuSet) {
+        if let Some(id) = q.cpus.get(bit as usize)
+            && let Some(c) = self.cpus.get(id.0 as usize)
+        {
+            c.poked.store(true, Ordering::SeqCst);
+            kicks.insert(*id);
+        }
+    }
+
+    /// Queues a unit that is off and runnable, and finds a CPU for it.
+    #[expect(clippy::too_many_arguments, reason = "one step of three callers, not an interface")]
+    fn enqueue(
+        &self,
+        n: u32,
+        q: &Queue<E>,
+        inner: &mut Inner<E>,
+        e: E,
+        me: CpuId,
+        now: u64,
+        kicks: &mut CpuSet,
+    ) {
+        let u = e.unit();
+        q.count(u);
+        if let Some(until) = u.share.exhausted(now) {
+            self.park(q, inner, e, me, until, kicks);
+            return;
+        }
+        let (hard, soft) = (u.hard_mask.load(Ordering::Relaxed), u.soft_mask.load(Ordering::Relaxed));
+        let rate = u.share.rate();
+        let last = u.last_cpu();
+        // Where it stands among those it competes with: the virtual time of the system is that of
+        // the unit served last, or of the first in line. What it did not use while it slept is
+        // forfeit but for a burst; what it owes it keeps owing, up to a turn.
+        let mut vt = u.vt();
+        let newest = bits(inner.busy & hard)
+            .filter_map(|b| inner.runs.get(b as usize))
+            .map(|r| Head { vt: r.vt, rate: r.rate, hard: 0 })
+            .reduce(|a, b| if before(a.vt, b.vt) { b } else { a });
+        let level = match (newest, inner.head(hard)) {
+            (Some(a), Some(b)) => Some(if before(a.vt, b.vt) { a } else { b }),
+            (a, b) => a.or(b),
+        };
+        if let Some(l) = level {
+            let floor = l.vt.wrapping_sub(virtual_time(BURST, rate));
+            let ceiling = l.vt.wrapping_add(virtual_time(MAX_SLICE, rate)).wrapping_add(virtual_time(MAX_SLICE, l.rate));
+            if before(vt, floor) {
+                vt = floor;
+            } else if before(ceiling, vt) {
+                vt = ceiling;
+            }
+        }
+        u.set_vt(vt);
+        u.set_state(State::Queued);
+        inner.insert(Entry { vt, rate, hard, soft, e });
+        q.publish_waiting(inner);
+        if self.find_idle(n, q, hard, soft, me, Some(last), kicks) {
+            return;
+        }
+        self.preempt(q, inner, Head { vt, rate, hard }, soft, now, kicks);
+    }
+
+    /// Pokes an idle CPU that may run a unit with this affinity, if there is one: of this queue, or
+    /// else of another, which will then steal.
+    #[expect(clippy::too_many_arguments, reason = "one step of two callers, not an interface")]
+    fn find_idle(
+        &self,
+        n: u32,
+        q: &Queue<E>,
+        hard: u64,
+        soft: u64,
+        me: CpuId,
+        last: Option<CpuId>,
+        kicks: &mut CpuSet,
+    ) -> bool {
+        if q.idle.load(Ordering::SeqCst) & hard != 0 {
+            let last = last.and_then(|l| q.index_of(l)).map_or(0, |b| 1u64 << b);
+            if let Some(bit) = q.claim_idle(hard, soft, last) {
+                self.poke(q, bit, kicks);
+                return true;
+            }
+        }
+        // Another queue's CPU could not tell from its masks whether it may run this one. It finds
+        // out when it steals; to poke one that may not costs it a look.
+        for (i, other) in self.queues.iter().enumerate() {
+            if i as u32 != n
+                && other.idle.load(Ordering::SeqCst) != 0
+                && hard == q.all_cpus()
+                && let Some(bit) = other.claim_idle(!0, !0, 0)
+            {
+                self.poke(other, bit, kicks);
+                return true;
+            }
+        }
+        let _ = me;
+        false
+    }
+}

@@ -1,0 +1,61 @@
+//! Getting a guest's attention: the event-channel upcall, and the choice of what is injected at the
+//! next entry.
+
+use alloc::sync::Arc;
+use core::sync::atomic::Ordering;
+
+use galvan_base::state::{Event, RFLAGS_IF};
+
+use crate::guest_access::Cx;
+use crate::hv::Hv;
+use crate::vcpu::Vcpu;
+
+/// An event of this vCPU has become pending: sets `evtchn_upcall_pending` and, if it was clear,
+/// raises the upcall.
+pub fn mark_pending(hv: Hv, v: &Arc<Vcpu>) {
+    let Some((m, off)) = v.info() else { return };
+    // `evtchn_upcall_pending` is the first byte of `vcpu_info`.
+    if hv.hw.swap_u8(m, off, 1) == Ok(0) {
+        raise(hv, v);
+    }
+}
+
+/// Posts the upcall vector to the vCPU's local APIC. A guest that has set none polls, or uses a
+/// callback by interrupt line.
+pub fn raise(hv: Hv, v: &Arc<Vcpu>) {
+    let vector = v.upcall_vector.load(Ordering::Relaxed) as u8;
+    if vector >= 16 {
+        v.post_vector(hv, vector, false);
+    }
+}
+
+/// Decides what is injected at the next entry. False if the vCPU is halted and nothing can end
+/// that: it must not be entered.
+pub fn prepare_entry(cx: &mut Cx<'_>) -> bool {
+    let st = &mut *cx.st;
+    if st.nmi_pending && !st.nmi_blocked && !st.hw.event_pending() && !st.hw.shadow() {
+        st.nmi_pending = false;
+        st.halted = false;
+        st.hw.inject(Event::Nmi);
+        return true;
+    }
+    st.lapic.set_cr8(st.hw.tpr());
+    if let Some(vector) = st.lapic.highest_pending() {
+        if st.hw.can_take_interrupt() {
+            st.lapic.accept(vector);
+            st.hw.inject(Event::Interrupt(vector));
+            st.halted = false;
+            // If another waits behind it, the window shows when it can follow.
+            let more = st.lapic.highest_pending().is_some();
+            st.hw.set_interrupt_window(more);
+        } else if !st.halted {
+            st.hw.set_interrupt_window(true);
+        }
+    }
+    !st.halted
+}
+
+/// Whether a halted vCPU can still be woken by an ordinary interrupt.
+pub fn interruptible(cx: &Cx<'_>) -> bool {
+    cx.st.hw.rflags() & RFLAGS_IF != 0
+}

@@ -1,0 +1,344 @@
+//! Virtual processors.
+//!
+//! A [`Vcpu`] has two halves. The atomics can be touched by anybody: that is how others post an
+//! interrupt, ask for an INIT, or stop it. [`VcpuState`] is touched only by the CPU that runs the
+//! vCPU, which holds its lock for as long as it does, or by a control operation while the domain is
+//! paused.
+//!
+//! Timers follow the same rule: a running vCPU looks after its own deadlines; when it blocks, its
+//! earliest deadline is queued with the CPU ([`crate::timer`]) and brings it back to run, where it
+//! finds out itself what is due.
+
+use alloc::boxed::Box;
+use alloc::sync::{Arc, Weak};
+use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+
+use galvan_base::hw::HwVcpu;
+use galvan_base::state::{ArchState, Gprs};
+use galvan_base::sync::{RankedLock, rank};
+use galvan_base::{Mfn, PAGE_SIZE};
+use galvan_devices::vlapic::{self, Vlapic};
+
+use crate::domain::Domain;
+use crate::hv::Hv;
+use crate::mm::PageRef;
+use crate::sched::SchedUnit;
+
+/// Reasons for which a vCPU does not run, in [`Vcpu::blocked`].
+pub mod block {
+    /// Not started, or stopped by the guest.
+    pub const DOWN: u32 = 1;
+    /// Waits for an interrupt (HLT, SCHEDOP_block).
+    pub const HALTED: u32 = 2;
+    /// Waits in SCHEDOP_poll for one of its ports.
+    pub const POLLING: u32 = 4;
+    /// Waits for the device model.
+    pub const IOREQ: u32 = 8;
+}
+
+/// Requests to a vCPU, in [`Vcpu::requests`]; it serves them before its next entry.
+pub mod request {
+    /// A non-maskable interrupt.
+    pub const NMI: u32 = 1;
+    /// INIT: reset and wait for SIPI.
+    pub const INIT: u32 = 2;
+    /// Start at the vector in bits 8-15.
+    pub const SIPI: u32 = 4;
+    /// `evtchn_upcall_pending` has become set: post the upcall vector.
+    pub const UPCALL: u32 = 8;
+    /// Its time information in guest memory has to be written anew.
+    pub const TIME: u32 = 16;
+    /// Where the start vector stands.
+    pub const SIPI_SHIFT: u32 = 8;
+}
+
+/// A virtual processor.
+pub struct Vcpu {
+    /// Its number within the domain.
+    pub id: u32,
+    /// The id of its domain.
+    pub domid: u16,
+    domain: Weak<Domain>,
+    /// Why it does not run ([`block`]); 0 when it could.
+    pub blocked: AtomicU32,
+    /// What it is asked to do ([`request`]).
+    pub requests: AtomicU32,
+    /// Interrupt vectors posted by other CPUs and not yet taken into its local APIC.
+    pub posted: [AtomicU64; 4],
+    /// Which of them are level-triggered.
+    pub posted_level: [AtomicU64; 4],
+    /// Some bit of `posted` is set.
+    pub posted_any: AtomicU32,
+    /// Machine address of its `vcpu_info`: frame << 12 | offset.
+    info: AtomicU64,
+    /// Local APIC vector for event-channel upcalls, 0 if the guest uses none.
+    pub upcall_vector: AtomicU32,
+    /// The port SCHEDOP_poll waits for: 0 none, otherwise port + 1; `u32::MAX` any of several.
+    pub poll_port: AtomicU32,
+    /// What the scheduler knows of it.
+    pub unit: SchedUnit,
+    /// Local APIC id, for destination matching by others.
+    pub apic_id: AtomicU32,
+    /// How its local APIC is addressed, as others may read it: `vlapic::ApicAddress`.
+    pub apic_view: AtomicU64,
+    /// It has had a first state: a context from the toolstack, `VCPUOP_initialise`, or a SIPI.
+    initialised: AtomicBool,
+    /// Holds the guest's frame in which its `vcpu_info` is, once that was registered.
+    info_page: RankedLock<Option<PageRef>, { rank::CONFIG }>,
+    state: RankedLock<VcpuState, { rank::VCPU }>,
+}
+
+impl fmt::Debug for Vcpu {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "d{}v{}", self.domid, self.id)
+    }
+}
+
+/// The deadlines a vCPU has set, in system time (ns).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct VcpuTimers {
+    /// VCPUOP_set_singleshot_timer or set_timer_op.
+    pub singleshot: Option<u64>,
+    /// VCPUOP_set_periodic_timer: period in ns and the next deadline.
+    pub periodic: Option<(u64, u64)>,
+    /// End of SCHEDOP_poll.
+    pub poll: Option<u64>,
+}
+
+/// The half of a vCPU that only its owner touches.
+#[derive(Debug)]
+pub struct VcpuState {
+    /// General purpose registers.
+    pub regs: Gprs,
+    /// The processor's half.
+    pub hw: Box<dyn HwVcpu>,
+    /// Local APIC.
+    pub lapic: Vlapic,
+    /// Deadlines.
+    pub timers: VcpuTimers,
+    /// HLT or SCHEDOP_block is in effect: do not enter before an interrupt can be taken.
+    pub halted: bool,
+    /// An NMI waits to be injected.
+    pub nmi_pending: bool,
+    /// An NMI is being handled: until IRET no other may be injected.
+    pub nmi_blocked: bool,
+    /// How it has spent its time.
+    pub runstate: crate::time::Runstate,
+    /// Guest virtual address of its runstate area, 0 for none.
+    pub runstate_area: u64,
+    /// Guest virtual address of the secondary time area, 0 for none.
+    pub time_area: u64,
+    /// MTRRs, machine-check and similar registers that only have to be remembered.
+    pub msrs: crate::msr::StoredMsrs,
+    /// Flush epoch of the domain at the last entry.
+    pub flush_epoch: u64,
+    /// Instruction fetch cache of the exit path.
+    pub icache: crate::exit::insn::InsnCache,
+    /// What is added to the host's TSC for the guest.
+    pub tsc_offset: u64,
+}
+
+impl Vcpu {
+    /// A vCPU that is down.
+    pub fn new(
+        d: &Arc<Domain>,
+        id: u32,
+        hw: Box<dyn HwVcpu>,
+        unit: SchedUnit,
+        apic_id: u32,
+    ) -> Vcpu {
+        let info = if id < 32 {
+            (d.shared_info.get() << 12) | u64::from(id) * 64
+        } else {
+            0
+        };
+        let lapic = Vlapic::new(vlapic::Config {
+            id: apic_id,
+            bsp: id == 0,
+            x2apic: true,
+            tsc_deadline: false,
+        });
+        Vcpu {
+            id,
+            domid: d.id,
+            domain: Arc::downgrade(d),
+            blocked: AtomicU32::new(block::DOWN),
+            requests: AtomicU32::new(0),
+            posted: Default::default(),
+            posted_level: Default::default(),
+            posted_any: AtomicU32::new(0),
+            info: AtomicU64::new(info),
+            upcall_vector: AtomicU32::new(0),
+            poll_port: AtomicU32::new(0),
+            unit,
+            apic_id: AtomicU32::new(apic_id),
+            apic_view: AtomicU64::new(lapic.address().bits()),
+            initialised: AtomicBool::new(false),
+            info_page: RankedLock::new(None),
+            state: RankedLock::new(VcpuState {
+                regs: Gprs::default(),
+                hw,
+                lapic,
+                timers: VcpuTimers::default(),
+                halted: false,
+                nmi_pending: false,
+                nmi_blocked: false,
+                runstate: Default::default(),
+                runstate_area: 0,
+                time_area: 0,
+                msrs: Default::default(),
+                flush_epoch: 0,
+                icache: Default::default(),
+                tsc_offset: 0,
+            }),
+        }
+    }
+
+    /// Its domain, unless that is being freed.
+    pub fn domain(&self) -> Option<Arc<Domain>> {
+        self.domain.upgrade()
+    }
+
+    /// Its state, by the CPU that runs it.
+    pub fn state(&self) -> galvan_base::sync::Guard<'_, VcpuState> {
+        self.state.lock()
+    }
+
+    /// Its state, for a control operation of another vCPU on a paused domain.
+    pub fn state_of_other(&self) -> galvan_base::sync::Guard<'_, VcpuState> {
+        self.state.lock_as(rank::VCPU_OTHER)
+    }
+
+    /// Whether nothing keeps it from running.
+    pub fn runnable(&self) -> bool {
+        self.blocked.load(Ordering::SeqCst) == 0
+            && self
+                .domain()
+                .is_some_and(|d| d.pause_count.load(Ordering::SeqCst) == 0)
+    }
+
+    /// Whether it is up, whatever it is doing.
+    pub fn is_up(&self) -> bool {
+        self.blocked.load(Ordering::SeqCst) & block::DOWN == 0
+    }
+
+    /// Takes away reasons not to run ([`block`]), and lets it run if none is left.
+    pub fn unblock(self: &Arc<Self>, hv: Hv, reasons: u32) {
+        let before = self.blocked.fetch_and(!reasons, Ordering::SeqCst);
+        if before & reasons != 0 && before & !reasons == 0 {
+            hv.sched.wake(hv, self);
+        }
+    }
+
+    /// Makes the vCPU look at what was posted to it: wakes it if it is halted, interrupts it if it
+    /// runs elsewhere.
+    pub fn notify(self: &Arc<Self>, hv: Hv) {
+        let before = self.blocked.fetch_and(!block::HALTED, Ordering::SeqCst);
+        if before == block::HALTED {
+            hv.sched.wake(hv, self);
+        } else if before == 0
+            && let Some(cpu) = self.unit.running_on()
+            && cpu != hv.hw.cpu()
+        {
+            hv.hw.kick(cpu);
+        }
+    }
+
+    /// Posts an interrupt vector to its local APIC.
+    pub fn post_vector(self: &Arc<Self>, hv: Hv, vector: u8, level: bool) {
+        let (word, bit) = (usize::from(vector >> 6), 1u64 << (vector & 63));
+        if let (Some(p), Some(l)) = (self.posted.get(word), self.posted_level.get(word)) {
+            if level {
+                l.fetch_or(bit, Ordering::SeqCst);
+            }
+            p.fetch_or(bit, Ordering::SeqCst);
+        }
+        self.posted_any.store(1, Ordering::SeqCst);
+        self.notify(hv);
+    }
+
+    /// Asks for something of [`request`].
+    pub fn request(self: &Arc<Self>, hv: Hv, what: u32) {
+        self.requests.fetch_or(what, Ordering::SeqCst);
+        self.notify(hv);
+    }
+
+    /// Starts the vCPU at a real-mode page, as a start-up IPI does. Ignored if it is not waiting
+    /// for one.
+    pub fn start_at(self: &Arc<Self>, hv: Hv, vector: u8) {
+        if self.is_up() {
+            return;
+        }
+        self.set_initialised();
+        self.requests.fetch_or(
+            request::SIPI | u32::from(vector) << request::SIPI_SHIFT,
+            Ordering::SeqCst,
+        );
+        self.unblock(hv, block::DOWN | block::HALTED);
+    }
+
+    /// Where its `vcpu_info` is: frame and offset; `None` if it has none yet.
+    pub fn info(&self) -> Option<(Mfn, usize)> {
+        match self.info.load(Ordering::Acquire) {
+            0 => None,
+            a => Some((Mfn::new_truncate(a >> 12), a as usize & (PAGE_SIZE - 1))),
+        }
+    }
+
+    /// Moves its `vcpu_info` into a page of the guest, which is held from here on.
+    pub fn register_info(&self, page: PageRef, offset: usize) {
+        let at = page.mfn().get() << 12 | offset as u64 & 0xfff;
+        *self.info_page.lock() = Some(page);
+        self.info.store(at, Ordering::Release);
+    }
+
+    /// Whether its `vcpu_info` has been moved.
+    pub fn info_is_registered(&self) -> bool {
+        self.info_page.lock().is_some()
+    }
+
+    /// Lets go of the guest's page with its `vcpu_info`; the vCPU never runs again.
+    pub fn forget_info(&self) {
+        self.info.store(0, Ordering::Release);
+        *self.info_page.lock() = None;
+    }
+
+    /// Whether it has had a first state.
+    pub fn initialised(&self) -> bool {
+        self.initialised.load(Ordering::Acquire)
+    }
+
+    /// It has one now.
+    pub fn set_initialised(&self) {
+        self.initialised.store(true, Ordering::Release);
+    }
+
+    /// Whether something waits that could end a halt.
+    pub fn has_posted(&self) -> bool {
+        self.posted_any.load(Ordering::SeqCst) != 0 || self.requests.load(Ordering::SeqCst) != 0
+    }
+}
+
+impl VcpuState {
+    /// The earliest deadline at which the vCPU has to look after its timers.
+    pub fn next_deadline(&self) -> Option<u64> {
+        [
+            self.timers.singleshot,
+            self.timers.periodic.map(|(_, at)| at),
+            self.timers.poll,
+        ]
+        .into_iter()
+        .flatten()
+        .min()
+    }
+
+    /// Puts the vCPU into a start state; nothing of what it was doing is left.
+    pub fn reset_to(&mut self, s: &ArchState) {
+        self.regs = Gprs::default();
+        self.hw.set_state(s);
+        self.halted = false;
+        self.nmi_pending = false;
+        self.nmi_blocked = false;
+    }
+}
