@@ -46,7 +46,8 @@ impl PendingFlush {
         }
     }
 
-    pub(crate) fn need(&mut self) {
+    /// Has the TLBs flushed in any case.
+    pub fn require(&mut self) {
         self.needed = true;
     }
 

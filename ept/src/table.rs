@@ -197,6 +197,27 @@ impl Table {
         self.set(env, gfn, level, 0, pending)
     }
 
+    /// Makes sure that the next [`Table::map`] or [`Table::unmap`] of one page of `order` at `gfn` does
+    /// not fail for want of memory: for callers who change something else in the same step.
+    pub fn prepare<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        gfn: Gfn,
+        order: PageOrder,
+        pending: &mut PendingFlush,
+    ) -> Result<(), Error> {
+        let level = level_of(order)?;
+        if gfn >= Self::LIMIT {
+            return Err(Error::OutOfRange);
+        }
+        if !gfn.is_aligned(order) {
+            return Err(Error::Unaligned);
+        }
+        self.reach(env, gfn, level)?;
+        pending.reserve()?;
+        Ok(())
+    }
+
     /// Maps a run of frames with the largest pages that fit, replacing what was there. Takes what it
     /// has done off the front of `run`, and stops early when the budget is spent.
     pub fn map_run<A: TableAlloc + ?Sized>(
@@ -253,9 +274,10 @@ impl Table {
     }
 
     /// Gives the entries in a range new attributes: `f` is asked with the first guest frame and the
-    /// entry, and answers with the attributes to set, if any. Pages that are only partly in the
-    /// range, or about which `f` says something, are split where they cross its ends; then `f` is
-    /// asked again about the pieces. Holes without a software type are skipped.
+    /// entry, and answers with the attributes to set, if any. Its third argument is true if the
+    /// answer is put into effect for the whole entry. It is false if the entry is only partly in the
+    /// range: then the answer decides whether it is split, and `f` is asked again about the
+    /// pieces. Holes without a software type are skipped.
     ///
     /// Takes what it has done off the front of `range`, and stops early when the budget is spent.
     pub fn change<A: TableAlloc + ?Sized>(
@@ -264,7 +286,7 @@ impl Table {
         range: &mut Range<Gfn>,
         budget: &mut Budget,
         pending: &mut PendingFlush,
-        mut f: impl FnMut(Gfn, &Entry) -> Option<Attrs>,
+        mut f: impl FnMut(Gfn, &Entry, bool) -> Option<Attrs>,
     ) -> Result<(), Error> {
         range.end = range.end.min(Self::LIMIT);
         while range.start < range.end && budget.spend() {
@@ -281,7 +303,7 @@ impl Table {
                 let start = Gfn::new_truncate(gfn.get() & !(size - 1));
                 let inside = start == gfn && size <= left;
                 let here = within(entry, gfn, place.level, place.raw);
-                let wanted = f(gfn, &here).map(|a| self.format.normalize(a));
+                let wanted = f(gfn, &here, inside).map(|a| self.format.normalize(a));
                 match wanted {
                     Some(a) if a != entry.attrs => {
                         if !inside {
@@ -302,7 +324,7 @@ impl Table {
                         }
                         env.written(place.table, off, 8);
                         if self.takes_away(place.raw, new, place.level) {
-                            pending.need();
+                            pending.require();
                         }
                     }
                     _ => {}
@@ -500,7 +522,7 @@ impl Table {
         env.written(table, off, 8);
         match subtree {
             Some(t) => pending.retire(t, self.format, level - 1),
-            None if self.takes_away(old, new, level) => pending.need(),
+            None if self.takes_away(old, new, level) => pending.require(),
             None => {}
         }
         Ok(())

@@ -227,7 +227,7 @@ impl Op {
             Op::Change(g, n, sw, a) => {
                 let mut r = gfn(*g)..gfn(g + n);
                 while r.start < r.end {
-                    t.change(env, &mut r, &mut Budget::new(step), pending, |_, e| {
+                    t.change(env, &mut r, &mut Budget::new(step), pending, |_, e, _| {
                         (e.attrs.sw == *sw).then_some(*a)
                     })
                     .unwrap();
@@ -465,8 +465,10 @@ fn dirty_bits_survive_changes_and_splits() {
             ..Attrs::RWX
         };
         let mut r = gfn(3)..gfn(4);
-        t.change(&env, &mut r, &mut Budget::new(9), &mut p, |_, _| Some(ro))
-            .unwrap();
+        t.change(&env, &mut r, &mut Budget::new(9), &mut p, |_, _, _| {
+            Some(ro)
+        })
+        .unwrap();
         for g in [2, 3, 4] {
             let e = t.lookup(&env.machine, gfn(g));
             assert!(e.accessed && e.dirty, "{f:?} {g}");

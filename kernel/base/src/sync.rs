@@ -36,6 +36,10 @@ pub mod rank {
     pub const EVTCHN: u8 = 28;
     /// The second of two event-channel tables.
     pub const EVTCHN2: u8 = 29;
+    /// The FIFO queues of a vCPU; those of two are taken in the order of their ids.
+    pub const EVTCHN_QUEUE: u8 = 30;
+    /// The second of two vCPUs' FIFO queues.
+    pub const EVTCHN_QUEUE2: u8 = 31;
     /// A domain's p2m; two are taken in the order of domain ids.
     pub const P2M: u8 = 32;
     /// The second of two p2ms.
