@@ -14,7 +14,8 @@
 //! - VMRUN lets in what is held back: it ends the guest's run as an INTR or NMI exit.
 //! - Where the host wants interrupts taken while a vCPU is loaded it opens a *window*: VMSAVE of
 //!   the guest's state, VMLOAD of the host's, STGI, interrupts, CLGI. The next entry VMLOADs the
-//!   guest's again. [`PerCpu::window`] is that; the common exits never get there.
+//!   guest's again. [`crate::Svm::take_interrupts`] and [`crate::Svm::idle`] do that; the common
+//!   exits never get there.
 //! - Unloading puts the host's state back and sets GIF. With no vCPU loaded the host is an ordinary
 //!   kernel, in which RFLAGS.IF alone rules.
 //!

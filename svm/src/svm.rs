@@ -4,6 +4,7 @@ use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::{Exhausted, HwVcpu, VcpuConfig};
+use galvan_base::state::ArchState;
 use galvan_base::{CpuId, PageOrder};
 
 use crate::bitmap::{IoMap, MsrMap};
@@ -11,6 +12,7 @@ use crate::caps::Caps;
 use crate::insn::{Cpu, Real};
 use crate::page::PageSource;
 use crate::percpu::PerCpu;
+use crate::state;
 use crate::vcpu::Vcpu;
 
 /// What the crate needs from the hypervisor around it.
@@ -86,6 +88,11 @@ impl<C: Cpu> Svm<C> {
                 self.cpu.halt();
             }
         });
+    }
+
+    /// Whether the processor would enter a guest in this state; says what it would object to.
+    pub fn check_state(&self, s: &ArchState) -> Result<(), &'static str> {
+        state::validate(s, &self.caps)
     }
 
     /// The largest page that second-stage tables may use.

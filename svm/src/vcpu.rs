@@ -283,8 +283,6 @@ impl<C: Cpu> Vcpu<C> {
             // The return address of a soft event; ignored by processors without NRIP save.
             self.vmcb.next_rip.set(rip_before);
         }
-        // Bochs leaves the word of an earlier exit there when nothing was interrupted.
-        self.vmcb.exit_int_info.set(0);
         self.vmcb.rax.set(regs.rax);
         self.vmcb.rsp.set(regs.rsp);
         self.vmcb
