@@ -166,7 +166,15 @@ fn dom0_debian(c: &mut Console) -> Result<()> {
 
 fn guest_demo(c: &mut Console) -> Result<()> {
     to_prompt(c)?;
-    c.run("systemctl is-active xen.service galvan-demo.service", 60)?;
+    c.run("systemctl is-active xen.service", 60)?;
+    if let Err(fault) = c.run("systemctl is-active galvan-demo.service", 60) {
+        // Into the log with what dom0 knows about it.
+        c.status_of(
+            "systemctl status --no-pager -l galvan-demo; tail -n 50 /var/log/xen/*",
+            60,
+        )?;
+        return Err(fault);
+    }
     let list = c.run("xl list", 60)?;
     ensure!(
         list.contains("Domain-0") && list.contains("demo"),

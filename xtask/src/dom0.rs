@@ -116,8 +116,22 @@ pub fn make(mib: u64) -> Result<Dom0> {
     })
 }
 
+/// Offers ssh over AF_VSOCK, which neither has, and complains about it on the console at every boot.
+const SSH_GENERATOR: (&str, &str) = (
+    "etc/systemd/system-generators/systemd-ssh-generator",
+    "/dev/null",
+);
+
+/// An emulated machine on a busy host is slow, and nothing is gained by giving up early.
+const PATIENCE: (&str, &str) = (
+    "etc/systemd/system.conf.d/patience.conf",
+    "[Manager]\nDefaultTimeoutStartSec=5min\nDefaultDeviceTimeoutSec=5min\n",
+);
+
 fn guest_overlay() -> Overlay {
     Overlay::new()
+        .text(PATIENCE.0, PATIENCE.1)
+        .link(SSH_GENERATOR.0, SSH_GENERATOR.1)
         .text("etc/hostname", "demo\n")
         .text(
             "etc/hosts",
@@ -142,6 +156,8 @@ fn dom0_overlay() -> Result<Overlay> {
         )
     };
     let overlay = Overlay::new()
+        .text(PATIENCE.0, PATIENCE.1)
+        .link(SSH_GENERATOR.0, SSH_GENERATOR.1)
         .text("etc/hostname", "galvan\n")
         .text(
             "etc/hosts",
