@@ -1,0 +1,1 @@
+//! Grants against a model, hostile granters, and the hypercall.
