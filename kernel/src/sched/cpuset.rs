@@ -60,7 +60,9 @@ impl CpuSet {
 
     /// Whether the CPU is in the set.
     pub fn contains(&self, cpu: CpuId) -> bool {
-        self.0.get(cpu.0 as usize / 64).is_some_and(|w| w >> (cpu.0 % 64) & 1 != 0)
+        self.0
+            .get(cpu.0 as usize / 64)
+            .is_some_and(|w| w >> (cpu.0 % 64) & 1 != 0)
     }
 
     /// Whether no CPU is in the set.
@@ -79,7 +81,10 @@ impl CpuSet {
 
     /// The CPUs in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = CpuId> + '_ {
-        self.0.iter().enumerate().flat_map(|(i, w)| bits(*w).map(move |b| CpuId(i as u32 * 64 + b)))
+        self.0
+            .iter()
+            .enumerate()
+            .flat_map(|(i, w)| bits(*w).map(move |b| CpuId(i as u32 * 64 + b)))
     }
 }
 
@@ -136,7 +141,10 @@ mod tests {
     fn a_bitmap_survives_the_way_in_and_out() {
         let s = CpuSet::from_bytes(&[0x05, 0, 0, 0, 0, 0, 0, 0, 0x80]);
         assert_eq!(s.iter().map(|c| c.0).collect::<Vec<_>>(), [0, 2, 71]);
-        assert_eq!((s.byte(0), s.byte(1), s.byte(8), s.byte(99)), (5, 0, 0x80, 0));
+        assert_eq!(
+            (s.byte(0), s.byte(1), s.byte(8), s.byte(99)),
+            (5, 0, 0x80, 0)
+        );
         assert!(s.contains(CpuId(71)) && !s.contains(CpuId(70)) && !s.contains(CpuId(9999)));
     }
 

@@ -11,7 +11,7 @@ use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
 use galvan_base::CpuId;
 use galvan_base::hw::Exhausted;
@@ -149,7 +149,10 @@ impl Run {
     /// Virtual time at `now`. A turn during which nobody waited is charged as one slice at most: it
     /// was at nobody's cost.
     fn vt_at(&self, now: u64) -> u64 {
-        self.vt.wrapping_add(virtual_time(now.saturating_sub(self.charged).min(MAX_SLICE), self.rate))
+        self.vt.wrapping_add(virtual_time(
+            now.saturating_sub(self.charged).min(MAX_SLICE),
+            self.rate,
+        ))
     }
 
     fn charge(&mut self, now: u64) {
@@ -186,7 +189,9 @@ impl<E> RunQueues<E> {
         let mut members: Vec<Vec<CpuId>> = (0..n).map(|_| Vec::new()).collect();
         let mut cpus = Vec::new();
         for (c, g) in (0..super::MAX_CPUS).zip(group) {
-            let Some(m) = members.get_mut(*g as usize).filter(|m| m.len() < 64) else { break };
+            let Some(m) = members.get_mut(*g as usize).filter(|m| m.len() < 64) else {
+                break;
+            };
             cpus.push(Cpu {
                 queue: *g,
                 index: m.len() as u32,
@@ -238,13 +243,19 @@ impl<E> RunQueues<E> {
     /// latest.
     #[inline]
     pub fn look_at(&self, cpu: CpuId) -> Option<u64> {
-        let at = self.cpus.get(cpu.0 as usize)?.look_at.load(Ordering::Acquire);
+        let at = self
+            .cpus
+            .get(cpu.0 as usize)?
+            .look_at
+            .load(Ordering::Acquire);
         (at != NEVER).then_some(at)
     }
 
     /// Whether somebody has found work for an idle CPU since its last pick.
     pub fn has_work(&self, cpu: CpuId) -> bool {
-        self.cpus.get(cpu.0 as usize).is_some_and(|c| c.poked.load(Ordering::SeqCst))
+        self.cpus
+            .get(cpu.0 as usize)
+            .is_some_and(|c| c.poked.load(Ordering::SeqCst))
     }
 
     /// What runs on `cpu` wants to go behind those that wait. Called by that CPU.
@@ -272,11 +283,12 @@ impl<E> RunQueues<E> {
     /// one where it has CPUs of its soft affinity.
     fn best_queue(&self, u: &SchedUnit) -> u32 {
         let now_in = u.queue.load(Ordering::Relaxed);
-        if u.soft_mask.load(Ordering::Relaxed) != u.hard_mask.load(Ordering::Relaxed) {
-            return now_in;
-        }
         let (hard, soft) = (u.hard.get(), u.soft.get());
-        let in_soft = |q: &Queue<E>| q.cpus.iter().any(|c| hard.contains(*c) && soft.contains(*c));
+        let in_soft = |q: &Queue<E>| {
+            q.cpus
+                .iter()
+                .any(|c| hard.contains(*c) && soft.contains(*c))
+        };
         let in_hard = |q: &Queue<E>| q.cpus.iter().any(|c| hard.contains(*c));
         let here = self.queue(now_in);
         if here.is_some_and(in_soft) {
@@ -288,7 +300,10 @@ impl<E> RunQueues<E> {
         if here.is_some_and(in_hard) {
             return now_in;
         }
-        self.queues.iter().position(in_hard).map_or(now_in, |i| i as u32)
+        self.queues
+            .iter()
+            .position(in_hard)
+            .map_or(now_in, |i| i as u32)
     }
 
     fn lock_unit(&self, u: &SchedUnit) -> Option<(u32, &Queue<E>, Guard<'_, Inner<E>>)> {
@@ -314,13 +329,16 @@ impl<E> RunQueues<E> {
 }
 
 impl<E> Queue<E> {
+    /// Those of its CPUs that are in the set.
+    fn mask(&self, s: &CpuSet) -> u64 {
+        self.cpus
+            .iter()
+            .enumerate()
+            .fold(0, |m, (i, c)| m | u64::from(s.contains(*c)) << i)
+    }
+
     fn masks(&self, u: &SchedUnit) -> (u64, u64) {
-        let (h, s) = (u.hard.get(), u.soft.get());
-        let (mut hard, mut soft) = (0, 0);
-        for (i, c) in self.cpus.iter().enumerate() {
-            hard |= u64::from(h.contains(*c)) << i;
-            soft |= u64::from(s.contains(*c)) << i;
-        }
+        let (hard, soft) = (self.mask(&u.hard.get()), self.mask(&u.soft.get()));
         (hard, if hard & soft == 0 { hard } else { hard & soft })
     }
 
@@ -344,7 +362,10 @@ impl<E> Queue<E> {
         let w = u.share.weight();
         let before = u.counted.swap(w, Ordering::Relaxed);
         if before != w {
-            self.load.fetch_add(u64::from(w).wrapping_sub(u64::from(before)), Ordering::Relaxed);
+            self.load.fetch_add(
+                u64::from(w).wrapping_sub(u64::from(before)),
+                Ordering::Relaxed,
+            );
         }
     }
 
@@ -354,7 +375,8 @@ impl<E> Queue<E> {
     }
 
     fn publish_waiting(&self, inner: &Inner<E>) {
-        self.waiting.store(inner.ready.len() as u32, Ordering::SeqCst);
+        self.waiting
+            .store(inner.ready.len() as u32, Ordering::Release);
     }
 }
 
@@ -362,7 +384,11 @@ impl<E> Inner<E> {
     /// The first in line among those that may run on one of `cpus`.
     fn head(&self, cpus: u64) -> Option<Head> {
         let e = self.ready.iter().find(|e| e.hard & cpus != 0)?;
-        Some(Head { vt: e.vt, rate: e.rate, hard: e.hard })
+        Some(Head {
+            vt: e.vt,
+            rate: e.rate,
+            hard: e.hard,
+        })
     }
 
     fn run(&mut self, bit: u32) -> Option<&mut Run> {
@@ -378,12 +404,19 @@ impl<E> Inner<E> {
 impl<E: Entity> Inner<E> {
     fn take_ready(&mut self, u: &SchedUnit) -> Option<E> {
         let from = self.ready.partition_point(|x| before(x.vt, u.vt()));
-        let at = (from..self.ready.len()).find(|i| self.ready.get(*i).is_some_and(|x| core::ptr::eq(x.e.unit(), u)))?;
+        let at = (from..self.ready.len()).find(|i| {
+            self.ready
+                .get(*i)
+                .is_some_and(|x| core::ptr::eq(x.e.unit(), u))
+        })?;
         self.ready.remove(at).map(|x| x.e)
     }
 
     fn take_parked(&mut self, u: &SchedUnit) -> Option<E> {
-        let at = self.parked.iter().position(|p| core::ptr::eq(p.e.unit(), u))?;
+        let at = self
+            .parked
+            .iter()
+            .position(|p| core::ptr::eq(p.e.unit(), u))?;
         Some(self.parked.swap_remove(at).e)
     }
 
@@ -392,7 +425,12 @@ impl<E: Entity> Inner<E> {
     fn choose(&self, bit: u32) -> Option<usize> {
         let on = 1u64 << bit;
         let mut first: Option<(usize, u64)> = None;
-        for (i, e) in self.ready.iter().enumerate().filter(|(_, e)| e.hard & on != 0) {
+        for (i, e) in self
+            .ready
+            .iter()
+            .enumerate()
+            .filter(|(_, e)| e.hard & on != 0)
+        {
             match first {
                 None if e.soft & on != 0 => return Some(i),
                 None => first = Some((i, e.vt.wrapping_add(virtual_time(SOFT_PATIENCE, e.rate)))),
@@ -414,8 +452,14 @@ impl<E: Entity> RunQueues<E> {
         for q in &self.queues {
             let mut inner = q.inner.lock();
             let (ready, parked) = (inner.ready.len(), inner.parked.len());
-            inner.ready.try_reserve(n.saturating_sub(ready)).map_err(|_| Exhausted)?;
-            inner.parked.try_reserve(n.saturating_sub(parked)).map_err(|_| Exhausted)?;
+            inner
+                .ready
+                .try_reserve(n.saturating_sub(ready))
+                .map_err(|_| Exhausted)?;
+            inner
+                .parked
+                .try_reserve(n.saturating_sub(parked))
+                .map_err(|_| Exhausted)?;
         }
         self.assign(&u, (n - 1) as u32 % self.queues.len().max(1) as u32);
         Ok(u)
@@ -446,7 +490,7 @@ impl<E: Entity> RunQueues<E> {
             if fresh {
                 u.woken_at.store(now, Ordering::Relaxed);
             }
-            self.enqueue(n, q, &mut inner, e.clone(), me, now, kicks);
+            self.enqueue(At { n, q, me, now }, &mut inner, e.clone(), kicks);
             return;
         }
     }
@@ -455,7 +499,9 @@ impl<E: Entity> RunQueues<E> {
     /// that runs it to be kicked.
     pub fn sleep(&self, e: &E) -> CpuSet {
         let u = e.unit();
-        let Some((_, q, mut inner)) = self.lock_unit(u) else { return CpuSet::EMPTY };
+        let Some((_, q, mut inner)) = self.lock_unit(u) else {
+            return CpuSet::EMPTY;
+        };
         // It may have become runnable again, by somebody whose wake has found it still queued.
         if e.runnable() && !u.gone.load(Ordering::Relaxed) {
             return CpuSet::EMPTY;
@@ -513,7 +559,9 @@ impl<E: Entity> RunQueues<E> {
         }
         let u = e.unit();
         let mut kicks = CpuSet::EMPTY;
-        let Some((n, q, mut inner)) = self.lock_unit(u) else { return Ok(kicks) };
+        let Some((n, q, mut inner)) = self.lock_unit(u) else {
+            return Ok(kicks);
+        };
         if let Some(h) = hard {
             u.hard.set(h);
         }
@@ -549,37 +597,39 @@ impl<E: Entity> RunQueues<E> {
     /// Chooses what `cpu`, the caller, runs next and marks it as running; `None` to idle.
     pub fn pick(&self, cpu: CpuId, now: u64) -> (Option<E>, CpuSet) {
         let mut kicks = CpuSet::EMPTY;
-        let Some((c, q)) = self.cpu(cpu) else { return (None, kicks) };
-        let on = 1u64 << c.index;
+        let Some((c, at)) = self.at(cpu, now) else {
+            return (None, kicks);
+        };
+        let (q, on) = (at.q, 1u64 << c.index);
         let mut inner = q.inner.lock();
-        c.poked.store(false, Ordering::SeqCst);
+        if c.poked.load(Ordering::Acquire) {
+            c.poked.store(false, Ordering::SeqCst);
+        }
         if q.idle.load(Ordering::Relaxed) & on != 0 {
             q.idle.fetch_and(!on, Ordering::SeqCst);
         }
-        self.unpark(c, q, &mut inner, cpu, now, &mut kicks);
-        let surplus = self.surplus(c.queue, q, &mut inner, now);
+        self.unpark(at, &mut inner, c.index, &mut kicks);
+        let surplus = self.surplus(at, &mut inner);
         let mut got = None;
         while let Some(i) = inner.choose(c.index) {
-            let Some(entry) = inner.ready.remove(i) else { break };
+            let Some(entry) = inner.ready.remove(i) else {
+                break;
+            };
             match entry.e.unit().share.reserve(now) {
                 Ok(grant) => {
-                    q.publish_waiting(&inner);
-                    self.start(c, q, &mut inner, cpu, &entry, grant, now, &mut kicks);
+                    self.start(
+                        at, &mut inner, c.index, &entry.e, entry.vt, grant, &mut kicks,
+                    );
                     got = Some(entry.e);
                     break;
                 }
-                Err(until) => self.park(q, &mut inner, entry.e, cpu, until, &mut kicks),
+                Err(until) => self.park(at, &mut inner, entry.e, until, &mut kicks),
             }
         }
+        q.publish_waiting(&inner);
         if got.is_none() {
-            q.publish_waiting(&inner);
-            if let Some(run) = inner.run(c.index) {
-                run.slice_end = NEVER;
-                run.cap_end = NEVER;
-                c.look_at.store(run.look_at(), Ordering::Release);
-            }
             // First say that we idle, then look at the other queues; who queues there first says
-            // that it waits, then looks for idle ones.
+            // that somebody waits, then looks for idle CPUs.
             q.idle.fetch_or(on, Ordering::SeqCst);
         }
         drop(inner);
@@ -587,7 +637,7 @@ impl<E: Entity> RunQueues<E> {
             self.wake_as(&e, cpu, now, false, &mut kicks);
         }
         if got.is_none() {
-            got = self.steal(c, q, cpu, now, &mut kicks);
+            got = self.steal(at, c.index, &mut kicks);
         }
         (got, kicks)
     }
@@ -596,47 +646,50 @@ impl<E: Entity> RunQueues<E> {
     /// again if it is runnable.
     pub fn put_back(&self, cpu: CpuId, e: E, now: u64) -> CpuSet {
         let mut kicks = CpuSet::EMPTY;
-        let Some((c, q)) = self.cpu(cpu) else { return kicks };
-        let on = 1u64 << c.index;
-        let u = e.unit();
+        let Some((c, at)) = self.at(cpu, now) else {
+            return kicks;
+        };
+        let (q, on, u) = (at.q, 1u64 << c.index, e.unit());
         let yielding = c.yielding.load(Ordering::Relaxed);
-        if yielding {
-            c.yielding.store(false, Ordering::Relaxed);
-        }
+        c.yielding.store(false, Ordering::Relaxed);
+
         let mut inner = q.inner.lock();
         inner.busy &= !on;
         u.clock_stop(now);
-        let Some(run) = inner.run(c.index) else { return kicks };
+        let Some(run) = inner.run(c.index) else {
+            return kicks;
+        };
         run.charge(now);
         if run.cap_end != NEVER {
             u.share.refund(run.cap_end as i64 - now as i64);
         }
-        run.slice_end = NEVER;
-        run.cap_end = NEVER;
-        let (mut vt, rate) = (run.vt, run.rate);
-        c.look_at.store(run.look_at(), Ordering::Release);
-        u.set_running_on(None);
-        u.set_state(State::Off);
+        let (mut vt, unpark_at) = (run.vt, run.unpark_at);
+        *run = Run {
+            unpark_at,
+            ..Run::NONE
+        };
+        c.look_at.store(unpark_at, Ordering::Release);
         u.set_vt(vt);
-        if !e.runnable() || u.gone.load(Ordering::Relaxed) {
+        u.set_state(State::Off);
+        u.set_running_on(None);
+
+        let wanted = e.runnable() && !u.gone.load(Ordering::Relaxed);
+        if !wanted || u.hard_mask.load(Ordering::Relaxed) & on == 0 {
             q.uncount(u);
             drop(inner);
-            return kicks;
-        }
-        if !u.hard.get().contains(cpu) {
-            q.uncount(u);
-            drop(inner);
-            self.wake_as(&e, cpu, now, false, &mut kicks);
+            if wanted {
+                self.wake_as(&e, cpu, now, false, &mut kicks);
+            }
             return kicks;
         }
         if let Some(until) = u.share.exhausted(now) {
-            q.count(u);
-            self.park(q, &mut inner, e, cpu, until, &mut kicks);
+            self.park(at, &mut inner, e, until, &mut kicks);
             return kicks;
         }
         // Virtual times say something only among those that wait for the same CPU. Those who run
         // where nobody waits, or have a whole CPU and would be due more, drift away from the
         // others; here is where they meet.
+        let rate = u.share.rate();
         let head = inner.head(on);
         if let Some(h) = head {
             vt = near(vt, rate, h.vt, h.rate);
@@ -644,15 +697,11 @@ impl<E: Entity> RunQueues<E> {
                 vt = h.vt;
             }
         }
-        let (hard, soft) = (u.hard_mask.load(Ordering::Relaxed), u.soft_mask.load(Ordering::Relaxed));
-        u.set_vt(vt);
-        u.set_state(State::Queued);
-        q.count(u);
-        inner.insert(Entry { vt, rate: u.share.rate(), hard, soft, e });
+        let want = self.queue_up(q, &mut inner, e, vt, rate);
         // The caller picks next. If that will not be this one, another CPU may be free for it.
         if head.is_some_and(|h| !before(vt, h.vt)) {
             q.publish_waiting(&inner);
-            self.find_idle(c.queue, q, hard, soft, cpu, None, &mut kicks);
+            self.find_idle(at, &want, &mut kicks);
         }
         kicks
     }
@@ -661,7 +710,9 @@ impl<E: Entity> RunQueues<E> {
     /// may have to be done.
     #[inline]
     pub fn must_yield(&self, cpu: CpuId, now: impl FnOnce() -> u64) -> (bool, CpuSet) {
-        let Some(c) = self.cpus.get(cpu.0 as usize) else { return (false, CpuSet::EMPTY) };
+        let Some(c) = self.cpus.get(cpu.0 as usize) else {
+            return (false, CpuSet::EMPTY);
+        };
         let at = c.look_at.load(Ordering::Acquire);
         if at == NEVER {
             return (false, CpuSet::EMPTY);
@@ -670,41 +721,50 @@ impl<E: Entity> RunQueues<E> {
         if now < at {
             return (false, CpuSet::EMPTY);
         }
-        self.turn_over(c, cpu, now)
+        self.turn_over(cpu, now)
     }
 
     #[cold]
-    fn turn_over(&self, c: &Cpu, cpu: CpuId, now: u64) -> (bool, CpuSet) {
+    fn turn_over(&self, cpu: CpuId, now: u64) -> (bool, CpuSet) {
         let mut kicks = CpuSet::EMPTY;
-        let Some(q) = self.queue(c.queue) else { return (false, kicks) };
-        let on = 1u64 << c.index;
-        let mut inner = q.inner.lock();
-        self.unpark(c, q, &mut inner, cpu, now, &mut kicks);
-        let head = inner.head(on);
-        let Some(run) = inner.run(c.index) else { return (false, kicks) };
+        let Some((c, at)) = self.at(cpu, now) else {
+            return (false, kicks);
+        };
+        let mut inner = at.q.inner.lock();
+        self.unpark(at, &mut inner, c.index, &mut kicks);
+        let head = inner.head(1 << c.index);
+        let Some(run) = inner.run(c.index) else {
+            return (false, kicks);
+        };
         let mut over = run.evict || now >= run.cap_end;
-        if now >= run.slice_end && !over {
-            match head {
-                None => run.slice_end = NEVER,
-                Some(h) => {
-                    run.charge(now);
-                    run.vt = near(run.vt, run.rate, h.vt, h.rate);
-                    let more = virtual_time(self.ratelimit().max(MIN_SLICE), run.rate);
-                    if before(h.vt, run.vt.wrapping_add(more)) {
-                        over = true;
-                    } else {
-                        self.plan(q, &mut inner, c.index, now, &mut kicks);
-                    }
-                }
+        if !over && now >= run.slice_end {
+            run.charge(now);
+            if let Some(h) = head {
+                run.vt = near(run.vt, run.rate, h.vt, h.rate);
+                // Not for less than the shortest turn.
+                let more = virtual_time(self.ratelimit().max(MIN_SLICE), run.rate);
+                over = before(h.vt, run.vt.wrapping_add(more));
+            }
+            if !over {
+                self.plan(at.q, &mut inner, c.index, now, &mut kicks);
             }
         }
-        self.publish(q, &inner, c.index);
+        self.publish(at.q, &inner, c.index);
         (over, kicks)
     }
 
-    fn cpu(&self, cpu: CpuId) -> Option<(&Cpu, &Queue<E>)> {
-        let c = self.cpus.get(cpu.0 as usize)?;
-        Some((c, self.queue(c.queue)?))
+    /// The CPU and its queue.
+    fn at(&self, me: CpuId, now: u64) -> Option<(&Cpu, At<'_, E>)> {
+        let c = self.cpus.get(me.0 as usize)?;
+        Some((
+            c,
+            At {
+                n: c.queue,
+                q: self.queue(c.queue)?,
+                me,
+                now,
+            },
+        ))
     }
 
     fn publish(&self, q: &Queue<E>, inner: &Inner<E>, bit: u32) {
@@ -737,90 +797,446 @@ impl<E: Entity> RunQueues<E> {
     }
 
     /// Queues a unit that is off and runnable, and finds a CPU for it.
-    #[expect(clippy::too_many_arguments, reason = "one step of three callers, not an interface")]
-    fn enqueue(
-        &self,
-        n: u32,
-        q: &Queue<E>,
-        inner: &mut Inner<E>,
-        e: E,
-        me: CpuId,
-        now: u64,
-        kicks: &mut CpuSet,
-    ) {
-        let u = e.unit();
-        q.count(u);
+    fn enqueue(&self, at: At<'_, E>, inner: &mut Inner<E>, e: E, kicks: &mut CpuSet) {
+        let (q, now, u) = (at.q, at.now, e.unit());
         if let Some(until) = u.share.exhausted(now) {
-            self.park(q, inner, e, me, until, kicks);
+            self.park(at, inner, e, until, kicks);
             return;
         }
-        let (hard, soft) = (u.hard_mask.load(Ordering::Relaxed), u.soft_mask.load(Ordering::Relaxed));
         let rate = u.share.rate();
-        let last = u.last_cpu();
+        let hard = u.hard_mask.load(Ordering::Relaxed);
         // Where it stands among those it competes with: the virtual time of the system is that of
         // the unit served last, or of the first in line. What it did not use while it slept is
         // forfeit but for a burst; what it owes it keeps owing, up to a turn.
-        let mut vt = u.vt();
         let newest = bits(inner.busy & hard)
             .filter_map(|b| inner.runs.get(b as usize))
-            .map(|r| Head { vt: r.vt, rate: r.rate, hard: 0 })
-            .reduce(|a, b| if before(a.vt, b.vt) { b } else { a });
-        let level = match (newest, inner.head(hard)) {
-            (Some(a), Some(b)) => Some(if before(a.vt, b.vt) { a } else { b }),
+            .map(|r| (r.vt, r.rate))
+            .reduce(|a, b| if before(a.0, b.0) { b } else { a });
+        let first = inner.head(hard).map(|h| (h.vt, h.rate));
+        let level = match (newest, first) {
+            (Some(a), Some(b)) => Some(if before(a.0, b.0) { a } else { b }),
             (a, b) => a.or(b),
         };
-        if let Some(l) = level {
-            let floor = l.vt.wrapping_sub(virtual_time(BURST, rate));
-            let ceiling = l.vt.wrapping_add(virtual_time(MAX_SLICE, rate)).wrapping_add(virtual_time(MAX_SLICE, l.rate));
+        let mut vt = u.vt();
+        if let Some((level, level_rate)) = level {
+            let floor = level.wrapping_sub(virtual_time(BURST, rate));
+            let ceiling = level.wrapping_add(virtual_time(MAX_SLICE, rate + level_rate));
             if before(vt, floor) {
                 vt = floor;
             } else if before(ceiling, vt) {
                 vt = ceiling;
             }
         }
-        u.set_vt(vt);
-        u.set_state(State::Queued);
-        inner.insert(Entry { vt, rate, hard, soft, e });
+        let want = self.queue_up(q, inner, e, vt, rate);
         q.publish_waiting(inner);
-        if self.find_idle(n, q, hard, soft, me, Some(last), kicks) {
-            return;
+        if !self.find_idle(at, &want, kicks) {
+            self.preempt(q, inner, &want, now, kicks);
         }
-        self.preempt(q, inner, Head { vt, rate, hard }, soft, now, kicks);
     }
 
-    /// Pokes an idle CPU that may run a unit with this affinity, if there is one: of this queue, or
-    /// else of another, which will then steal.
-    #[expect(clippy::too_many_arguments, reason = "one step of two callers, not an interface")]
-    fn find_idle(
-        &self,
-        n: u32,
-        q: &Queue<E>,
-        hard: u64,
-        soft: u64,
-        me: CpuId,
-        last: Option<CpuId>,
-        kicks: &mut CpuSet,
-    ) -> bool {
-        if q.idle.load(Ordering::SeqCst) & hard != 0 {
-            let last = last.and_then(|l| q.index_of(l)).map_or(0, |b| 1u64 << b);
-            if let Some(bit) = q.claim_idle(hard, soft, last) {
+    /// Puts a unit that is off in line, without telling anybody.
+    fn queue_up(&self, q: &Queue<E>, inner: &mut Inner<E>, e: E, vt: u64, rate: u64) -> Want {
+        let u = e.unit();
+        let want = Want {
+            vt,
+            rate,
+            hard: u.hard_mask.load(Ordering::Relaxed),
+            soft: u.soft_mask.load(Ordering::Relaxed),
+            last: u.last_cpu(),
+            reach: if self.queues.len() > 1 {
+                u.hard.get()
+            } else {
+                CpuSet::EMPTY
+            },
+        };
+        q.count(u);
+        u.set_vt(vt);
+        u.set_state(State::Queued);
+        inner.insert(Entry {
+            vt,
+            rate,
+            hard: want.hard,
+            soft: want.soft,
+            e,
+        });
+        want
+    }
+
+    /// Pokes an idle CPU that may run the unit, if there is one: of this queue, or else of another,
+    /// which will then steal.
+    fn find_idle(&self, at: At<'_, E>, want: &Want, kicks: &mut CpuSet) -> bool {
+        let q = at.q;
+        if q.idle.load(Ordering::Relaxed) & want.hard != 0 {
+            let last = q.index_of(want.last).map_or(0, |b| 1u64 << b);
+            if let Some(bit) = q.claim_idle(want.hard, want.soft, last) {
                 self.poke(q, bit, kicks);
                 return true;
             }
         }
-        // Another queue's CPU could not tell from its masks whether it may run this one. It finds
-        // out when it steals; to poke one that may not costs it a look.
+        if self.queues.len() == 1 {
+            return false;
+        }
+        // We have published that it waits; now see who idles. See `pick`.
+        fence(Ordering::SeqCst);
         for (i, other) in self.queues.iter().enumerate() {
-            if i as u32 != n
-                && other.idle.load(Ordering::SeqCst) != 0
-                && hard == q.all_cpus()
-                && let Some(bit) = other.claim_idle(!0, !0, 0)
-            {
-                self.poke(other, bit, kicks);
-                return true;
+            if i as u32 != at.n && other.idle.load(Ordering::Relaxed) != 0 {
+                let hard = other.mask(&want.reach);
+                if let Some(bit) = other.claim_idle(hard, hard, 0) {
+                    self.poke(other, bit, kicks);
+                    return true;
+                }
             }
         }
-        let _ = me;
         false
+    }
+
+    /// Ends a turn for the sake of a unit that has been queued, if that is ahead; else sees to it
+    /// that some CPU that could run it will look at the queue again.
+    fn preempt(
+        &self,
+        q: &Queue<E>,
+        inner: &mut Inner<E>,
+        want: &Want,
+        now: u64,
+        kicks: &mut CpuSet,
+    ) {
+        let ratelimit = self.ratelimit();
+        let (mut victim, mut watched, mut alone): (Option<(u32, u64)>, bool, Option<(u32, u64)>) =
+            (None, false, None);
+        for among in [want.soft, want.hard & !want.soft] {
+            for b in bits(inner.busy & among) {
+                let Some(r) = inner.runs.get(b as usize) else {
+                    continue;
+                };
+                let vt = r.vt_at(now);
+                if r.slice_end == NEVER {
+                    if alone.is_none_or(|(_, most)| before(most, vt)) {
+                        alone = Some((b, vt));
+                    }
+                } else {
+                    watched = true;
+                }
+                // One whose turn is about to end is taken: by whoever is the reason for that.
+                let end = now.max(r.start.saturating_add(ratelimit));
+                if end < r.slice_end
+                    && before(want.vt, vt)
+                    && victim.is_none_or(|(_, most)| before(most, vt))
+                {
+                    victim = Some((b, vt));
+                }
+            }
+            if victim.is_some() {
+                break;
+            }
+        }
+        let Some((bit, _)) = victim.or(alone.filter(|_| !watched)) else {
+            return;
+        };
+        let (waiting, cpus) = (inner.ready.len(), q.cpus.len());
+        let Some(r) = inner.run(bit) else { return };
+        r.slice_end = if victim.is_some() {
+            now.max(r.start.saturating_add(ratelimit))
+        } else {
+            r.charge(now);
+            now + self.slice(waiting, cpus, r, want.vt, want.rate)
+        };
+        self.publish(q, inner, bit);
+        if let Some(id) = q.cpus.get(bit as usize) {
+            kicks.insert(*id);
+        }
+    }
+
+    /// How long from now a unit may run while another is first in line.
+    fn slice(&self, waiting: usize, cpus: usize, r: &Run, head_vt: u64, head_rate: u64) -> u64 {
+        let ahead = if before(r.vt, head_vt) {
+            real_time(head_vt.wrapping_sub(r.vt), r.rate)
+        } else {
+            0
+        };
+        ahead
+            .saturating_add(self.quantum(waiting, cpus, r.rate, head_rate))
+            .min(MAX_SLICE)
+    }
+
+    /// Sets the end of the turn on a CPU by who is first in line for it, and has that one considered
+    /// by CPUs that would not look by themselves.
+    fn plan(&self, q: &Queue<E>, inner: &mut Inner<E>, bit: u32, now: u64, kicks: &mut CpuSet) {
+        let head = inner.head(1 << bit);
+        let (waiting, cpus, busy) = (inner.ready.len(), q.cpus.len(), inner.busy);
+        let Some(run) = inner.run(bit) else { return };
+        let Some(h) = head else {
+            run.slice_end = NEVER;
+            return;
+        };
+        run.slice_end = now + self.slice(waiting, cpus, run, h.vt, h.rate);
+        let ratelimit = self.ratelimit();
+        for b in bits(busy & h.hard & !(1 << bit)) {
+            let Some(r) = inner.run(b).filter(|r| r.slice_end == NEVER) else {
+                continue;
+            };
+            r.charge(now);
+            r.vt = near(r.vt, r.rate, h.vt, h.rate);
+            let lead = virtual_time(self.quantum(waiting, cpus, r.rate, h.rate), r.rate);
+            if before(h.vt.wrapping_add(lead), r.vt) {
+                r.slice_end = now.max(r.start.saturating_add(ratelimit));
+                self.publish(q, inner, b);
+                if let Some(id) = q.cpus.get(b as usize) {
+                    kicks.insert(*id);
+                }
+            }
+        }
+    }
+
+    /// Begins a turn of a unit that has been taken out of a queue.
+    fn start(
+        &self,
+        at: At<'_, E>,
+        inner: &mut Inner<E>,
+        bit: u32,
+        e: &E,
+        vt: u64,
+        grant: Option<u64>,
+        kicks: &mut CpuSet,
+    ) {
+        let (u, now, on) = (e.unit(), at.now, 1u64 << bit);
+        u.set_state(State::Running);
+        u.set_running_on(Some(at.me));
+        u.clock_start(now);
+        inner.busy |= on;
+        let Some(run) = inner.run(bit) else { return };
+        *run = Run {
+            vt,
+            rate: u.share.rate(),
+            charged: now,
+            start: now,
+            slice_end: NEVER,
+            cap_end: grant.map_or(NEVER, |g| now.saturating_add(g)),
+            evict: false,
+            unpark_at: run.unpark_at,
+        };
+        if u.hard_mask.load(Ordering::Relaxed) & on == 0 || (grant.is_none() && u.share.cap() != 0)
+        {
+            // Changed while it was on its way from another queue.
+            run.evict = true;
+            run.slice_end = 0;
+        } else {
+            self.plan(at.q, inner, bit, now, kicks);
+        }
+        self.publish(at.q, inner, bit);
+    }
+
+    /// Lets a unit of an exhausted domain wait for the next period.
+    fn park(&self, at: At<'_, E>, inner: &mut Inner<E>, e: E, until: u64, kicks: &mut CpuSet) {
+        let (q, u) = (at.q, e.unit());
+        q.uncount(u);
+        u.set_state(State::Parked);
+        let mine = q.index_of(at.me);
+        let owner = mine.unwrap_or_else(|| u.hard_mask.load(Ordering::Relaxed).trailing_zeros());
+        inner.parked.push(Parked { until, owner, e });
+        if let Some(run) = inner.run(owner)
+            && until < run.unpark_at
+        {
+            run.unpark_at = until;
+            self.publish(q, inner, owner);
+            if mine.is_none() {
+                // It has to set its timer.
+                self.poke(q, owner, kicks);
+            }
+        }
+    }
+
+    /// Queues those parked units that the CPU looks after and whose period has come.
+    fn unpark(&self, at: At<'_, E>, inner: &mut Inner<E>, bit: u32, kicks: &mut CpuSet) {
+        if inner.run(bit).is_none_or(|r| at.now < r.unpark_at) {
+            return;
+        }
+        while let Some(i) = inner
+            .parked
+            .iter()
+            .position(|p| p.owner == bit && p.until <= at.now)
+        {
+            let e = inner.parked.swap_remove(i).e;
+            e.unit().set_state(State::Off);
+            self.enqueue(at, inner, e, kicks);
+        }
+        let next = inner
+            .parked
+            .iter()
+            .filter(|p| p.owner == bit)
+            .map(|p| p.until)
+            .min();
+        if let Some(run) = inner.run(bit) {
+            run.unpark_at = next.unwrap_or(NEVER);
+        }
+        self.publish(at.q, inner, bit);
+    }
+
+    /// A waiting unit that another queue should take, if that makes the load more even. It is off
+    /// then, and belongs to that queue.
+    fn surplus(&self, at: At<'_, E>, inner: &mut Inner<E>) -> Option<E> {
+        if self.queues.len() == 1 || at.now < inner.balance_at || inner.ready.is_empty() {
+            return None;
+        }
+        inner.balance_at = at.now + BALANCE_PERIOD;
+        let per_cpu =
+            |load: u64, q: &Queue<E>| load.saturating_mul(64) / q.cpus.len().max(1) as u64;
+        let load = |q: &Queue<E>| q.load.load(Ordering::Relaxed);
+        let mine = per_cpu(load(at.q), at.q);
+        let (n, to) = (0u32..)
+            .zip(self.queues.iter())
+            .filter(|(n, q)| *n != at.n && !q.cpus.is_empty())
+            .min_by_key(|(_, q)| per_cpu(load(q), q))?;
+        let i = (0..inner.ready.len()).rev().take(BALANCE_SCAN).find(|i| {
+            inner.ready.get(*i).is_some_and(|x| {
+                let u = x.e.unit();
+                let weight = u64::from(u.counted.load(Ordering::Relaxed));
+                per_cpu(load(to) + weight, to) < mine
+                    && to.mask(&u.hard.get().and(&u.soft.get())) != 0
+            })
+        })?;
+        let e = inner.ready.remove(i)?.e;
+        let u = e.unit();
+        u.set_state(State::Off);
+        at.q.uncount(u);
+        at.q.publish_waiting(inner);
+        self.assign(u, n);
+        Some(e)
+    }
+
+    /// Takes a unit that waits in another queue to run it here.
+    fn steal(&self, at: At<'_, E>, bit: u32, kicks: &mut CpuSet) -> Option<E> {
+        if self.queues.len() == 1 {
+            return None;
+        }
+        fence(Ordering::SeqCst);
+        let others = self.queues.len() as u32;
+        for n in (1..others).map(|i| (at.n + i) % others) {
+            let Some(from) = self
+                .queue(n)
+                .filter(|q| q.waiting.load(Ordering::Relaxed) != 0)
+            else {
+                continue;
+            };
+            let mut inner = from.inner.lock();
+            let found = (0..inner.ready.len()).find_map(|i| {
+                let u = inner.ready.get(i)?.e.unit();
+                let allowed = u.hard.get().contains(at.me);
+                allowed
+                    .then(|| u.share.reserve(at.now).ok())
+                    .flatten()
+                    .map(|grant| (i, grant))
+            });
+            let Some((i, grant)) = found else { continue };
+            let Some(entry) = inner.ready.remove(i) else {
+                continue;
+            };
+            let u = entry.e.unit();
+            from.publish_waiting(&inner);
+            from.uncount(u);
+            // From here on it runs, and belongs to our queue: whoever wants it kicks us.
+            u.set_state(State::Running);
+            u.set_running_on(Some(at.me));
+            self.assign(u, at.n);
+            drop(inner);
+            let mut inner = at.q.inner.lock();
+            at.q.idle.fetch_and(!(1 << bit), Ordering::SeqCst);
+            at.q.count(u);
+            let head = inner.head(1 << bit);
+            let vt = head.map_or(entry.vt, |h| near(entry.vt, entry.rate, h.vt, h.rate));
+            self.start(at, &mut inner, bit, &entry.e, vt, grant, kicks);
+            // Whoever was queued here meanwhile and poked us has to look for another CPU; and so has
+            // what still waits there.
+            if head.is_some() || from.waiting.load(Ordering::Relaxed) != 0 {
+                let all = at.q.idle.load(Ordering::Relaxed);
+                if let Some(other) = at.q.claim_idle(all, all, 0) {
+                    self.poke(at.q, other, kicks);
+                }
+            }
+            return Some(entry.e);
+        }
+        None
+    }
+}
+
+/// No CPU of the machine is in the affinity asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoCpu;
+
+/// Which queue is worked on, by which CPU, when.
+struct At<'a, E> {
+    n: u32,
+    q: &'a Queue<E>,
+    me: CpuId,
+    now: u64,
+}
+
+impl<E> Clone for At<'_, E> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<E> Copy for At<'_, E> {}
+
+/// What a unit that has been queued is looking for.
+struct Want {
+    vt: u64,
+    rate: u64,
+    hard: u64,
+    soft: u64,
+    last: CpuId,
+    /// Hard affinity over all queues, if there are several.
+    reach: CpuSet,
+}
+
+impl<E> fmt::Debug for RunQueues<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut l = f.debug_list();
+        for q in &self.queues {
+            l.entry(&format_args!(
+                "cpus {:?} waiting {} load {} idle {:#x}",
+                q.cpus,
+                q.waiting.load(Ordering::Relaxed),
+                q.load.load(Ordering::Relaxed),
+                q.idle.load(Ordering::Relaxed)
+            ));
+        }
+        l.finish()
+    }
+}
+
+/// Virtual times wrap around; the differences that matter are small.
+#[inline]
+fn before(a: u64, b: u64) -> bool {
+    (a.wrapping_sub(b) as i64) < 0
+}
+
+/// Virtual time that passes in `ns` at a rate.
+#[inline]
+fn virtual_time(ns: u64, rate: u64) -> u64 {
+    ((u128::from(ns) * u128::from(rate)) >> RATE_SHIFT) as u64
+}
+
+/// The time in which so much virtual time passes at a rate.
+#[inline]
+fn real_time(vt: u64, rate: u64) -> u64 {
+    // No turn is longer than MAX_SLICE; beyond that the exact value does not matter.
+    let limit = virtual_time(MAX_SLICE, rate);
+    if vt >= limit {
+        MAX_SLICE
+    } else {
+        (vt << RATE_SHIFT) / rate.max(1)
+    }
+}
+
+/// `vt` brought so close to that of a competitor as the turns of both can part them.
+fn near(vt: u64, rate: u64, other: u64, other_rate: u64) -> u64 {
+    let bound = virtual_time(MAX_SLICE + BURST, rate + other_rate);
+    if before(vt, other.wrapping_sub(bound)) {
+        other.wrapping_sub(bound)
+    } else if before(other.wrapping_add(bound), vt) {
+        other.wrapping_add(bound)
+    } else {
+        vt
     }
 }

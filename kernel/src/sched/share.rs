@@ -71,7 +71,10 @@ impl DomainShare {
     pub(super) fn set(&self, weight: u32, cap: u32) {
         let weight = weight.clamp(1, MAX_WEIGHT);
         self.weight.store(weight, Ordering::Relaxed);
-        self.rate.store((u64::from(DEFAULT_WEIGHT) << RATE_SHIFT) / u64::from(weight), Ordering::Relaxed);
+        self.rate.store(
+            (u64::from(DEFAULT_WEIGHT) << RATE_SHIFT) / u64::from(weight),
+            Ordering::Relaxed,
+        );
         self.cap.store(cap, Ordering::Relaxed);
     }
 
@@ -90,7 +93,9 @@ impl DomainShare {
     /// Reserves time for one vCPU: `Ok(None)` without a cap, otherwise how much, or when to ask
     /// again.
     pub(super) fn reserve(&self, now: u64) -> Result<Option<u64>, u64> {
-        let Some(quota) = self.quota() else { return Ok(None) };
+        let Some(quota) = self.quota() else {
+            return Ok(None);
+        };
         let mut p = self.pool.lock();
         p.refill(now, quota);
         if p.left < MIN_BUDGET.min(quota) {
@@ -174,6 +179,9 @@ mod tests {
         assert_eq!(s.exhausted(2 * CAP_PERIOD + 1), Some(3 * CAP_PERIOD + 1));
         assert_eq!(s.reserve(3 * CAP_PERIOD + 1), Ok(Some(MS)));
         assert_eq!(s.reserve(1000 * CAP_PERIOD), Ok(Some(MS)));
-        assert!(s.reserve(1000 * CAP_PERIOD + 1).is_ok_and(|g| g.is_none_or(|g| g <= MIN_BUDGET as u64)));
+        assert!(
+            s.reserve(1000 * CAP_PERIOD + 1)
+                .is_ok_and(|g| g.is_none_or(|g| g <= MIN_BUDGET as u64))
+        );
     }
 }

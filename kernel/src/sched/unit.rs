@@ -1,7 +1,9 @@
 //! What the scheduler knows of one vCPU.
 
 use alloc::sync::Arc;
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+use core::sync::atomic::{
+    AtomicBool, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+};
 
 use galvan_base::CpuId;
 
@@ -192,10 +194,17 @@ impl RunClock {
     fn read(&self, now: u64) -> u64 {
         loop {
             let v = self.version.load(Ordering::Acquire);
-            let (total, since) = (self.total.load(Ordering::Relaxed), self.since.load(Ordering::Relaxed));
+            let (total, since) = (
+                self.total.load(Ordering::Relaxed),
+                self.since.load(Ordering::Relaxed),
+            );
             fence(Ordering::Acquire);
             if v & 1 == 0 && self.version.load(Ordering::Relaxed) == v {
-                let turn = if since == 0 { 0 } else { now.saturating_sub(since) };
+                let turn = if since == 0 {
+                    0
+                } else {
+                    now.saturating_sub(since)
+                };
                 return total + turn;
             }
             core::hint::spin_loop();

@@ -1,0 +1,180 @@
+//! The run queues joined to vCPUs, clock and interrupts of the machine.
+
+use alloc::sync::Arc;
+
+use galvan_base::CpuId;
+use galvan_base::hw::Exhausted;
+use galvan_dom0_proto::errno::Errno;
+
+use super::cpuset::CpuSet;
+use super::runqueue::{Entity, RunQueues};
+use super::share::{DomainShare, MAX_WEIGHT};
+use super::unit::SchedUnit;
+use crate::domain::Domain;
+use crate::hv::Hv;
+use crate::vcpu::Vcpu;
+
+/// What the control interface knows this scheduler as: its parameters are those of credit2.
+pub const SCHED_ID: u32 = 6;
+
+/// The limits of the rate limit in microseconds; 0 switches it off.
+const RATELIMIT_US: core::ops::RangeInclusive<u32> = 100..=500_000;
+
+impl Entity for Arc<Vcpu> {
+    #[inline]
+    fn unit(&self) -> &SchedUnit {
+        &self.unit
+    }
+
+    #[inline]
+    fn runnable(&self) -> bool {
+        Vcpu::runnable(self)
+    }
+}
+
+/// Decides who runs where and for how long.
+#[derive(Debug)]
+pub struct Scheduler(RunQueues<Arc<Vcpu>>);
+
+impl Scheduler {
+    /// A scheduler for CPUs `0..cpus` with nothing to run.
+    pub fn new(cpus: u32) -> Self {
+        Scheduler(RunQueues::new(cpus))
+    }
+
+    /// The same where CPU `n` shares its last-level cache with the others of group `groups[n]`:
+    /// each group has a run queue.
+    pub fn with_groups(groups: &[u32]) -> Self {
+        Scheduler(RunQueues::with_groups(groups))
+    }
+
+    /// The scheduler's part of a new vCPU.
+    pub fn new_unit(&self, share: &Arc<DomainShare>) -> Result<SchedUnit, Exhausted> {
+        self.0.new_unit(share)
+    }
+
+    /// The vCPU may have become runnable: queues it if so, and has a CPU take it.
+    pub fn wake(&self, hv: Hv, v: &Arc<Vcpu>) {
+        kick(hv, self.0.wake(v, hv.hw.cpu(), hv.hw.now_ns()));
+    }
+
+    /// The vCPU may have ceased to be runnable: it stops soon; see
+    /// [`Scheduler::wait_not_running`].
+    pub fn sleep(&self, hv: Hv, v: &Arc<Vcpu>) {
+        kick(hv, self.0.sleep(v));
+    }
+
+    /// The vCPU will never run again: it is being destroyed. It must not be runnable any more.
+    pub fn remove(&self, hv: Hv, v: &Arc<Vcpu>) {
+        kick(hv, self.0.remove(v));
+    }
+
+    /// Returns when the vCPU, which is not runnable, is on no CPU: its context is in memory and
+    /// nobody works on it. Does not wait for the calling CPU itself.
+    ///
+    /// The CPU waited for may be serving an exit of that vCPU. So no lock may be held that the
+    /// service of an exit takes, and two vCPUs must not wait for each other: what pauses a domain
+    /// is called by one vCPU of a control domain at a time on that domain itself.
+    pub fn wait_not_running(&self, hv: Hv, v: &Arc<Vcpu>) {
+        let me = hv.hw.cpu();
+        while v.unit.running_on().is_some_and(|c| c != me) {
+            hv.hw.relax();
+        }
+    }
+
+    /// What `cpu`, the caller, runs next, marked as running; `None` to idle until
+    /// [`Scheduler::has_work`] or [`Scheduler::turn_ends`].
+    pub fn pick(&self, hv: Hv, cpu: CpuId) -> Option<Arc<Vcpu>> {
+        let (v, kicks) = self.0.pick(cpu, hv.hw.now_ns());
+        kick(hv, kicks);
+        v
+    }
+
+    /// Takes back what [`Scheduler::pick`] gave, once its context is out of the CPU.
+    pub fn put_back(&self, hv: Hv, cpu: CpuId, v: Arc<Vcpu>) {
+        kick(hv, self.0.put_back(cpu, v, hv.hw.now_ns()));
+    }
+
+    /// Whether an idle CPU has been given work since its last pick.
+    pub fn has_work(&self, cpu: CpuId) -> bool {
+        self.0.has_work(cpu)
+    }
+
+    /// Whether `cpu`, the caller, should put back what it runs. One load while nobody else waits for
+    /// the CPU.
+    #[inline]
+    pub fn must_yield(&self, hv: Hv, cpu: CpuId) -> bool {
+        let (over, kicks) = self.0.must_yield(cpu, || hv.hw.now_ns());
+        if !kicks.is_empty() {
+            kick(hv, kicks);
+        }
+        over
+    }
+
+    /// The system time in ns at which the CPU has to look again ([`Scheduler::must_yield`], or
+    /// [`Scheduler::pick`] if it idles); its timer must be set for it.
+    #[inline]
+    pub fn turn_ends(&self, _hv: Hv, cpu: CpuId) -> Option<u64> {
+        self.0.look_at(cpu)
+    }
+
+    /// What runs on `cpu`, the caller, lets others go first. Takes effect when it is put back.
+    pub fn yield_turn(&self, _hv: Hv, cpu: CpuId) {
+        self.0.yield_turn(cpu);
+    }
+
+    /// The CPUs that are scheduled on.
+    pub fn cpus(&self) -> CpuSet {
+        self.0.cpus()
+    }
+
+    /// Changes where a vCPU may (`hard`) and should (`soft`) run; `None` leaves it as it is. EINVAL
+    /// if no CPU of the machine is in `hard`. It leaves a forbidden CPU soon, not at once.
+    pub fn set_affinity(
+        &self,
+        hv: Hv,
+        v: &Arc<Vcpu>,
+        hard: Option<CpuSet>,
+        soft: Option<CpuSet>,
+    ) -> Result<(), Errno> {
+        let kicks = self
+            .0
+            .set_affinity(v, hard, soft, hv.hw.cpu(), hv.hw.now_ns());
+        kick(hv, kicks.map_err(|_| Errno::EINVAL)?);
+        Ok(())
+    }
+
+    /// Changes a domain's weight (1 to 65535) and cap (percent of one CPU, at most 100 per vCPU; 0
+    /// for none). EINVAL if out of range.
+    pub fn set_share(&self, hv: Hv, d: &Domain, weight: u32, cap: u32) -> Result<(), Errno> {
+        if !(1..=MAX_WEIGHT).contains(&weight) || cap > d.config.max_vcpus.saturating_mul(100) {
+            return Err(Errno::EINVAL);
+        }
+        d.share.set(weight, cap);
+        for v in d.vcpus() {
+            kick(hv, self.0.reconsider(v));
+        }
+        Ok(())
+    }
+
+    /// The rate limit in microseconds, 0 for none.
+    pub fn ratelimit_us(&self) -> u32 {
+        (self.0.ratelimit() / 1000) as u32
+    }
+
+    /// Changes the rate limit: 0, or 100 to 500000 microseconds.
+    pub fn set_ratelimit_us(&self, us: u32) -> Result<(), Errno> {
+        if us != 0 && !RATELIMIT_US.contains(&us) {
+            return Err(Errno::EINVAL);
+        }
+        self.0.set_ratelimit(u64::from(us) * 1000);
+        Ok(())
+    }
+}
+
+#[inline]
+fn kick(hv: Hv, cpus: CpuSet) {
+    for c in cpus.iter() {
+        hv.hw.kick(c);
+    }
+}
