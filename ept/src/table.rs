@@ -528,16 +528,22 @@ impl Table {
         Ok(())
     }
 
-    /// Whether a TLB filled from `old` could allow or reach what `new` does not. More access to the
-    /// same frame needs no flush: a processor whose TLB forbids an access walks again before it
-    /// faults, and no TLB of either vendor keeps what is not present.
+    /// Whether a TLB filled from `old` could allow, reach or refuse what `new` does not. More access
+    /// to the same frame needs no flush in a processor: one whose TLB forbids an access walks again
+    /// before it faults. An IOMMU may refuse it by what it has cached. No TLB keeps what is not
+    /// present.
     fn takes_away(&self, old: u64, new: u64, level: u8) -> bool {
         match (
             self.format.decode(old, level),
             self.format.decode(new, level),
         ) {
             (Slot::Leaf(o), Slot::Leaf(n)) => {
-                o.is_present() && !(n.is_present() && n.mfn == o.mfn && n.attrs.covers(o.attrs))
+                let cpu = matches!(self.format, Format::Npt | Format::Ept);
+                let same = n.is_present()
+                    && n.mfn == o.mfn
+                    && n.attrs.covers(o.attrs)
+                    && (cpu || o.attrs.covers(n.attrs));
+                o.is_present() && !same
             }
             _ => true,
         }

@@ -500,6 +500,35 @@ fn a_dirty_bit_set_during_a_split_is_not_lost() {
 }
 
 #[test]
+fn more_access_needs_a_flush_in_an_iommu_only() {
+    for f in FORMATS {
+        let env = Env::new(16);
+        let mut t = Table::new(&env, f, PageOrder::P1G).unwrap();
+        let ro = Attrs {
+            write: false,
+            ..Attrs::RWX
+        };
+        let mut steps = [
+            (ro, false),
+            (Attrs::RWX, f == Format::AmdVi || f == Format::VtdSl),
+        ]
+        .to_vec();
+        steps.extend([
+            (Attrs::RWX.with_sw(3), false),
+            (ro, true),
+            (Attrs::NONE, true),
+        ]);
+        for (a, flush) in steps {
+            let mut p = PendingFlush::new();
+            t.map(&env, gfn(0), mfn(9), PageOrder::P4K, a, &mut p)
+                .unwrap();
+            assert_eq!(p.is_needed(), flush, "{f:?} {a:?}");
+            p.flush(&env, || ());
+        }
+    }
+}
+
+#[test]
 fn without_table_pages_nothing_changes() {
     let env = Env::new(3);
     let mut t = Table::new(&env, Format::Ept, PageOrder::P1G).unwrap();

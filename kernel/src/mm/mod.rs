@@ -24,6 +24,10 @@
 mod buddy;
 mod page_ref;
 #[cfg(test)]
+#[expect(
+    clippy::single_range_in_vec_init,
+    reason = "memory maps of one range"
+)]
 mod tests;
 
 use alloc::vec::Vec;

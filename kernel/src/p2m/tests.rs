@@ -604,6 +604,44 @@ fn a_forgotten_finish_is_caught() {
     drop(c);
 }
 
+#[test]
+fn a_page_held_by_one_cpu_is_never_somebody_elses() {
+    let w = small();
+    let (a, b) = (w.p2m(1, false), w.p2m(2, false));
+    w.ram(&a, 5, 0);
+    let over = core::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|s| {
+        for _ in 0..2 {
+            s.spawn(|| {
+                while !over.load(Ordering::Relaxed) {
+                    if let Ok(page) = a.get_page(g(5), Want::Read) {
+                        let usage = w.frames.usage(page.mfn());
+                        assert!(
+                            usage == FrameUse::Limbo || usage == FrameUse::Owned(Owner::Guest(1)),
+                            "{usage:?}"
+                        );
+                    }
+                }
+            });
+        }
+        // The other domain takes what the first one gives back.
+        for _ in 0..300 {
+            let mut c = a.changes();
+            c.remove_one(g(5)).unwrap();
+            assert_eq!(c.finish(&Flushes::default()).freed, 1);
+            w.ram(&b, 5, 0);
+            w.ram(&a, 5, 0);
+            let mut c = b.changes();
+            c.remove_one(g(5)).unwrap();
+            assert_eq!(c.finish(&Flushes::default()).freed, 1);
+        }
+        over.store(true, Ordering::Relaxed);
+    });
+    w.end(a);
+    w.end(b);
+    assert_eq!(w.frames.free_frames(), w.total);
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     AddRam(u64, u32),
