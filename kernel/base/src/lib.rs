@@ -16,6 +16,7 @@ extern crate std;
 pub mod addr;
 pub mod exit;
 pub mod hw;
+pub mod nospec;
 pub mod state;
 pub mod sync;
 #[cfg(any(test, feature = "testing"))]

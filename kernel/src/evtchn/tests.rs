@@ -1,0 +1,1 @@
+//! Event channels against models of their state, a guest's consumer, and hostile guests.
