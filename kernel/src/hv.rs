@@ -35,7 +35,7 @@ pub struct Hypervisor {
     /// Deadlines of vCPUs that do not run.
     pub timers: TimerQueues,
     /// The log that `xl dmesg` shows.
-    pub console: ConsoleRing,
+    pub console: &'static ConsoleRing,
     /// The machine's interrupts that are given to domains.
     pub irqs: HostIrqs,
     /// Name, version and command line as guests and tools see them.
@@ -57,6 +57,8 @@ pub struct CpuState {
     /// Counts guest entries, so that a waiter sees an exit even when the same domain is entered
     /// again at once.
     pub entries: AtomicU64,
+    /// Domain id + 1 of the domain whose vCPU has its turn here, 0 when idle: for reports.
+    pub last_domain: AtomicU32,
     /// Nanoseconds spent idle.
     pub idle_ns: AtomicU64,
     /// Exits taken.

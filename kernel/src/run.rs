@@ -33,10 +33,14 @@ pub fn run_once(hv: Hv) {
             if let Some(d) = v.domain() {
                 run_vcpu(hv, &d, &v);
             }
-            hv.sched.put_back(hv, cpu, &v);
+            hv.sched.put_back(hv, cpu, v);
         }
         None => {
-            hv.hw.set_timer(hv.timers.next_deadline(cpu));
+            let deadline = [hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu)]
+                .into_iter()
+                .flatten()
+                .min();
+            hv.timers.arm(hv, cpu, deadline);
             let start = hv.hw.now_ns();
             hv.hw.idle(&|| hv.sched.has_work(cpu));
             if let Some(c) = hv.cpus.get(cpu.0 as usize) {
@@ -54,8 +58,9 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
         return;
     };
     let tag = u32::from(d.id) + 1;
+    me.last_domain.store(tag, Ordering::Relaxed);
     let mut guard = v.state();
-    hv.timers.cancel(cpu, v);
+    hv.timers.cancel(v);
     guard.hw.load();
     crate::time::scheduled_in(&mut Cx {
         hv,
@@ -149,6 +154,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
     };
     crate::time::scheduled_out(&mut cx);
     cx.st.hw.unload();
+    me.last_domain.store(0, Ordering::Relaxed);
     if !v.runnable()
         && let Some(at) = [cx.st.next_deadline(), exit::apic::deadline(cx.st, hv)]
             .into_iter()

@@ -11,19 +11,23 @@
 
 use alloc::boxed::Box;
 use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use galvan_base::hw::HwVcpu;
+use galvan_base::hw::{HwVcpu, VcpuConfig};
 use galvan_base::state::{ArchState, Gprs};
 use galvan_base::sync::{RankedLock, rank};
 use galvan_base::{Mfn, PAGE_SIZE};
 use galvan_devices::vlapic::{self, Vlapic};
 
+use galvan_dom0_proto::errno::Errno;
+
 use crate::domain::Domain;
 use crate::hv::Hv;
 use crate::mm::PageRef;
 use crate::sched::SchedUnit;
+use crate::timer::TimerSlot;
 
 /// Reasons for which a vCPU does not run, in [`Vcpu::blocked`].
 pub mod block {
@@ -60,6 +64,8 @@ pub struct Vcpu {
     /// The id of its domain.
     pub domid: u16,
     domain: Weak<Domain>,
+    /// How many reasons its domain has not to run: [`Domain::pause_count`].
+    pause_count: Arc<AtomicU32>,
     /// Why it does not run ([`block`]); 0 when it could.
     pub blocked: AtomicU32,
     /// What it is asked to do ([`request`]).
@@ -78,6 +84,8 @@ pub struct Vcpu {
     pub poll_port: AtomicU32,
     /// What the scheduler knows of it.
     pub unit: SchedUnit,
+    /// Its deadline while it does not run.
+    pub timer: TimerSlot,
     /// Local APIC id, for destination matching by others.
     pub apic_id: AtomicU32,
     /// How its local APIC is addressed, as others may read it: `vlapic::ApicAddress`.
@@ -139,6 +147,23 @@ pub struct VcpuState {
     pub tsc_offset: u64,
 }
 
+/// Gives a domain its `n` vCPUs, all down; APIC ids are twice their numbers. EEXIST if it has some.
+pub fn create_all(hv: Hv, d: &Arc<Domain>, n: u32) -> Result<(), Errno> {
+    if n == 0 || n > d.config.max_vcpus {
+        return Err(Errno::EINVAL);
+    }
+    let cfg = VcpuConfig { nested_root: d.p2m.root().addr(), hardware_domain: d.config.hardware_domain };
+    let mut list = Vec::new();
+    list.try_reserve_exact(n as usize).map_err(|_| Errno::ENOMEM)?;
+    for id in 0..n {
+        let hw = hv.hw.new_vcpu(&cfg).map_err(|_| Errno::ENOMEM)?;
+        let unit = hv.sched.new_unit(&d.share).map_err(|_| Errno::ENOMEM)?;
+        let timer = hv.timers.new_slot().map_err(|_| Errno::ENOMEM)?;
+        list.push(Arc::new(Vcpu::new(d, id, hw, unit, timer, id * 2)));
+    }
+    d.set_vcpus(list)
+}
+
 impl Vcpu {
     /// A vCPU that is down.
     pub fn new(
@@ -146,6 +171,7 @@ impl Vcpu {
         id: u32,
         hw: Box<dyn HwVcpu>,
         unit: SchedUnit,
+        timer: TimerSlot,
         apic_id: u32,
     ) -> Vcpu {
         let info = if id < 32 {
@@ -163,6 +189,7 @@ impl Vcpu {
             id,
             domid: d.id,
             domain: Arc::downgrade(d),
+            pause_count: d.pause_count.clone(),
             blocked: AtomicU32::new(block::DOWN),
             requests: AtomicU32::new(0),
             posted: Default::default(),
@@ -172,6 +199,7 @@ impl Vcpu {
             upcall_vector: AtomicU32::new(0),
             poll_port: AtomicU32::new(0),
             unit,
+            timer,
             apic_id: AtomicU32::new(apic_id),
             apic_view: AtomicU64::new(lapic.address().bits()),
             initialised: AtomicBool::new(false),
@@ -212,10 +240,7 @@ impl Vcpu {
 
     /// Whether nothing keeps it from running.
     pub fn runnable(&self) -> bool {
-        self.blocked.load(Ordering::SeqCst) == 0
-            && self
-                .domain()
-                .is_some_and(|d| d.pause_count.load(Ordering::SeqCst) == 0)
+        self.blocked.load(Ordering::SeqCst) == 0 && self.pause_count.load(Ordering::SeqCst) == 0
     }
 
     /// Whether it is up, whatever it is doing.

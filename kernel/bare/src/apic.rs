@@ -228,3 +228,13 @@ pub fn stop_timer() {
         write(TIMER_INITIAL, 0);
     }
 }
+
+/// The APIC id of the calling CPU before its APIC is set up (CPUID leaf 1, or the x2APIC id where
+/// firmware has left that mode on).
+pub fn initial_id() -> u32 {
+    if rdmsr(APIC_BASE) & APIC_BASE_X2 != 0 {
+        rdmsr(X2_MSR + ID) as u32
+    } else {
+        crate::cpu::cpuid(1, 0)[1] >> 24
+    }
+}

@@ -1,22 +1,53 @@
-//! Start-up on the boot CPU.
+//! Start-up on the boot CPU, in the order in which one thing needs the other.
+//!
+//! | where | what |
+//! |---|---|
+//! | loader's tables and stack | serial port, log, boot memory, own tables, heap, ACPI, areas for all CPUs |
+//! | own stack | descriptors, clock, local APIC, IO-APICs, PCI, other CPUs, SVM |
+//! | [`crate::dom0`] | frame table, hypervisor, dom0 |
 
-use galvan_base::Mpa;
-use galvan_boot::info::{BootInfo, PhysRange};
+use alloc::string::ToString;
+use alloc::vec::Vec;
+
+use galvan_base::hw::EcamWindow;
+use galvan_base::{Mpa, PAGE_SIZE};
+use galvan_boot::info::{BootInfo, MemoryKind, MemoryMap, PhysRange};
+use galvan_kernel::cmdline::Options;
+use galvan_kernel::dom0_build::acpi::host::{HostAcpi, Register};
 use spin::Once;
 
 /// What the loader handed over, copied out of its memory.
 static BOOT: Once<BootInfo> = Once::new();
+/// The command line.
+static OPTIONS: Once<Options<'static>> = Once::new();
+/// What firmware says.
+static ACPI: Once<Option<HostAcpi<'static>>> = Once::new();
 
 /// The bytes of a physical range of the loader's, through the direct map.
-fn bytes(r: PhysRange) -> &'static [u8] {
+pub fn bytes(r: PhysRange) -> &'static [u8] {
     // SAFETY: the loader mapped all memory at `DIRECT_MAP_BASE`, as our own tables do; what the
     // hand-over refers to is not written after it.
-    unsafe {
-        core::slice::from_raw_parts(
-            crate::paging::direct_ptr(Mpa::new_truncate(r.start)),
-            r.len as usize,
-        )
-    }
+    unsafe { core::slice::from_raw_parts(crate::paging::direct_ptr(Mpa::new_truncate(r.start)), r.len as usize) }
+}
+
+/// What the loader handed over.
+pub fn boot_info() -> &'static BootInfo {
+    BOOT.get().expect("the hand-over is read first of all")
+}
+
+/// The command line, read.
+pub fn options() -> &'static Options<'static> {
+    OPTIONS.get().expect("the command line is read before it is asked for")
+}
+
+/// The machine's memory map.
+pub fn memory_map() -> MemoryMap<'static> {
+    boot_info().memory_map(bytes)
+}
+
+/// What firmware says of the machine, if it has tables.
+pub fn acpi() -> Option<&'static HostAcpi<'static>> {
+    ACPI.get().and_then(Option::as_ref)
 }
 
 /// The entry point of the image.
@@ -31,27 +62,122 @@ extern "C" fn _start(info: *const BootInfo) -> ! {
     }
     let info = BOOT.call_once(|| info);
     crate::panic::set_symbols(bytes(info.symbols));
-    log::info!(
-        "Galvan {} (loaded by {} at {:#x})",
-        env!("CARGO_PKG_VERSION"),
-        info.loader.name(),
-        info.image.phys.start
-    );
+    log::info!("Galvan {} (loaded by {} at {:#x})", env!("CARGO_PKG_VERSION"), info.loader.name(), info.image.phys.start);
 
-    let map = info.memory_map(bytes);
-    crate::bootmem::init(map.iter());
-    crate::paging::init(info, map.iter());
+    crate::bootmem::init(memory_map().iter());
+    crate::paging::init(info, memory_map().iter());
     crate::heap::init();
-    log::info!(
-        "command line: {}",
-        core::str::from_utf8(bytes(info.cmdline)).unwrap_or("?")
-    );
-    crate::smp::init(&[0], on_own_stack);
+    read_options(bytes(info.cmdline));
+    for r in memory_map().iter() {
+        log::debug!("memory {:#014x}-{:#014x} {}", r.start, r.end() - 1, r.kind.name());
+    }
+    let acpi = ACPI.call_once(read_acpi).as_ref();
+    crate::smp::init(&apic_ids(acpi), on_own_stack);
+}
+
+fn read_options(line: &'static [u8]) {
+    log::info!("command line: {}", core::str::from_utf8(line).unwrap_or("?"));
+    let mut issues = Vec::new();
+    let options = OPTIONS.call_once(|| Options::parse(line, &mut |issue| issues.push(issue.to_string())));
+    if let Some(com) = &options.com[0] {
+        crate::serial::init(com.io_base.unwrap_or(crate::serial::COM1), com.baud);
+    }
+    crate::panic::NOREBOOT.store(options.noreboot, core::sync::atomic::Ordering::Relaxed);
+    galvan_kernel::shutdown::NOREBOOT.store(options.noreboot, core::sync::atomic::Ordering::Relaxed);
+    for text in issues {
+        log::warn!("command line: {text}");
+    }
+}
+
+/// Memory that firmware says holds tables, for reading them.
+fn firmware_memory(at: u64, len: usize) -> Option<&'static [u8]> {
+    let end = at.checked_add(len as u64)?;
+    let known = memory_map().iter().any(|r| r.start <= at && end <= r.end() && r.kind != MemoryKind::USABLE);
+    // Below 1 MiB firmware's areas are in no map.
+    if !known && end > 0x10_0000 {
+        return None;
+    }
+    let a = Mpa::new(at)?;
+    if !crate::paging::is_mapped(a) || !crate::paging::is_mapped(Mpa::new(end.saturating_sub(1))?) {
+        crate::paging::map_device(a, len);
+    }
+    Some(bytes(PhysRange::new(at, len as u64)))
+}
+
+fn read_acpi() -> Option<HostAcpi<'static>> {
+    let rsdp = boot_info().rsdp;
+    if rsdp == 0 {
+        log::warn!("firmware has no ACPI tables: one CPU, no IO-APIC, no memory-mapped configuration space");
+        return None;
+    }
+    match HostAcpi::read(rsdp, &firmware_memory) {
+        Ok(a) => {
+            for t in &a.tables {
+                log::debug!("ACPI: {t:?}");
+            }
+            Some(a)
+        }
+        Err(e) => {
+            log::error!("ACPI: {e}");
+            None
+        }
+    }
+}
+
+/// APIC ids of the usable CPUs, the one that runs this first.
+fn apic_ids(acpi: Option<&HostAcpi<'_>>) -> Vec<u32> {
+    let me = crate::apic::initial_id();
+    let mut ids = alloc::vec![me];
+    let limit = options().maxcpus.unwrap_or(u32::MAX).max(1) as usize;
+    if let Some(madt) = acpi.and_then(|a| a.madt.as_ref()) {
+        ids.extend(madt.cpus.iter().filter(|c| c.enabled && c.apic_id != me).map(|c| c.apic_id));
+    }
+    if ids.len() > limit {
+        log::info!("maxcpus={limit}: {} CPUs are left alone", ids.len() - limit);
+        ids.truncate(limit);
+    }
+    ids
 }
 
 /// Goes on where nothing of the loader's is in use.
 extern "C" fn on_own_stack() -> ! {
     crate::desc::init();
     crate::desc::init_pat();
-    panic!("nothing to run");
+    let acpi = acpi();
+    let fadt = acpi.and_then(|a| a.fadt.as_ref());
+    let pm_timer = fadt.and_then(|f| f.pm_timer).and_then(|r| match r {
+        Register::Port(p) => Some(p),
+        _ => None,
+    });
+    crate::clock::init(pm_timer);
+    let no = options().no;
+    use galvan_kernel::cmdline::Features;
+    crate::apic::init_boot_cpu(!no.contains(Features::X2APIC), !no.contains(Features::TSC_DEADLINE));
+    crate::apic::init_this_cpu();
+    crate::apic::calibrate_timer();
+    let ioapics = acpi.and_then(|a| a.madt.as_ref()).map_or(&[][..], |m| &m.ioapics);
+    crate::irq::init(ioapics.iter().map(|i| (i.id, Mpa::new_truncate(u64::from(i.address)), i.gsi_base)));
+    let ecam: Vec<EcamWindow> = acpi.map_or_else(Vec::new, |a| a.ecam.clone());
+    crate::pci::init(ecam);
+
+    let cpus = match start_page() {
+        Some(page) => crate::smp::start_others(page),
+        None => {
+            log::error!("no usable page below 1 MiB: the other CPUs stay off");
+            1
+        }
+    };
+    log::info!("{cpus} CPUs");
+    crate::dom0::run()
+}
+
+/// A page for the start code of CPUs: real mode reaches it, and nobody else needs it now.
+fn start_page() -> Option<Mpa> {
+    memory_map()
+        .iter()
+        .filter(|r| r.kind == MemoryKind::USABLE || r.kind == MemoryKind::LOADER)
+        .find_map(|r| {
+            let at = r.start.max(0x1000).next_multiple_of(PAGE_SIZE as u64);
+            (at + PAGE_SIZE as u64 <= r.end() && at < 0xa_0000).then(|| Mpa::new_truncate(at))
+        })
 }
