@@ -259,8 +259,10 @@ impl Vcpu {
     /// Makes the vCPU look at what was posted to it: wakes it if it is halted, interrupts it if it
     /// runs elsewhere.
     pub fn notify(self: &Arc<Self>, hv: Hv) {
-        let before = self.blocked.fetch_and(!block::HALTED, Ordering::SeqCst);
-        if before == block::HALTED {
+        // An interrupt ends SCHEDOP_poll too: who waits there with interrupts enabled must take it.
+        let waits = block::HALTED | block::POLLING;
+        let before = self.blocked.fetch_and(!waits, Ordering::SeqCst);
+        if before != 0 && before & !waits == 0 {
             hv.sched.wake(hv, self);
         } else if before == 0
             && let Some(cpu) = self.unit.running_on()
