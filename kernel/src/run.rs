@@ -7,6 +7,7 @@
 use alloc::sync::Arc;
 use core::sync::atomic::{AtomicU64, Ordering};
 
+use galvan_base::PageOrder;
 use galvan_base::exit::Exit;
 use galvan_base::state::ArchState;
 
@@ -140,7 +141,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
                 }
             }
             Next::Crash(reason) => {
-                crate::exit::report_crash(&cx, exit, reason);
+                exit::report_crash(&cx, exit, reason);
                 d.crash(hv, reason);
                 break;
             }

@@ -94,5 +94,5 @@ pub mod calls {
     use crate::hypercall::{Args, Ret};
     use galvan_dom0_proto::errno::Errno;
     macro_rules! absent { ($($m:ident $f:ident),*) => { $(pub mod $m { use super::*; pub fn $f(_: &mut Cx<'_>, _: Args) -> Ret { Err(Errno::ENOSYS) } })* } }
-    absent!(grant_table grant_table_op, memory memory_op, domctl domctl, sysctl sysctl);
+    absent!(grant_table grant_table_op, domctl domctl, sysctl sysctl);
 }

@@ -11,10 +11,13 @@ use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::xen as nr;
 
 use crate::guest_access::Cx;
-use crate::standins::calls::{domctl, event_channel, grant_table, memory, sysctl};
+use crate::standins::calls::{domctl, sysctl};
 
 pub mod console_io;
+pub mod event_channel;
+pub mod grant_table;
 pub mod hvm;
+pub mod memory;
 pub mod multicall;
 pub mod physdev;
 pub mod platform;
@@ -122,7 +125,7 @@ pub fn from_registers(cx: &mut Cx<'_>) -> After {
     } else if long {
         dispatch(cx, number, args)
     } else {
-        crate::hypercall::compat(cx, number, args)
+        compat(cx, number, args)
     };
     let (value, after) = match result {
         Ok(Outcome::Done(v)) => (v, After::Next),
