@@ -142,7 +142,11 @@ pub(super) fn logic(r: u64, size: u8, flags: u64) -> (u64, u64) {
 
 /// INC (`by` 1) and DEC (`by` -1), which leave CF alone.
 pub(super) fn step(a: u64, up: bool, size: u8, flags: u64) -> (u64, u64) {
-    let (r, f) = if up { add(a, 1, 0, size, flags) } else { sub(a, 1, 0, size, flags) };
+    let (r, f) = if up {
+        add(a, 1, 0, size, flags)
+    } else {
+        sub(a, 1, 0, size, flags)
+    };
     (r, f & !Flags::CF | flags & Flags::CF)
 }
 

@@ -175,7 +175,10 @@ impl Insn {
     /// Whether it writes its memory operand, and nothing else of memory.
     pub fn writes_operand(&self) -> bool {
         self.dst == Operand::Mem
-            && !matches!(self.op, Op::Alu(Alu::Cmp) | Op::Test | Op::Bt | Op::Push | Op::Call | Op::Jmp | Op::Flush)
+            && !matches!(
+                self.op,
+                Op::Alu(Alu::Cmp) | Op::Test | Op::Bt | Op::Push | Op::Call | Op::Jmp | Op::Flush
+            )
     }
 }
 
@@ -236,8 +239,14 @@ impl<'a> Code<'a> {
 
     /// Takes the prefixes; gives the first byte of the opcode too.
     pub fn prefixes(&mut self, bits: Bits) -> Result<(Prefixes, u8), DecodeError> {
-        let mut p =
-            Prefixes { opsize: false, addrsize: false, rep: Rep::No, lock: false, seg: None, rex: 0 };
+        let mut p = Prefixes {
+            opsize: false,
+            addrsize: false,
+            rep: Rep::No,
+            lock: false,
+            seg: None,
+            rex: 0,
+        };
         loop {
             let b = self.byte()?;
             match b {
@@ -294,7 +303,13 @@ pub fn decode(bytes: &[u8], bits: Bits) -> Result<Insn, DecodeError> {
         (Bits::B64, true) | (Bits::B32, false) | (Bits::B16, true) => 4,
         (Bits::B32, true) | (Bits::B16, false) => 2,
     };
-    let mem = Mem { seg: p.seg.unwrap_or(Seg::Ds), base: NONE, index: NONE, scale: 0, disp: 0 };
+    let mem = Mem {
+        seg: p.seg.unwrap_or(Seg::Ds),
+        base: NONE,
+        index: NONE,
+        scale: 0,
+        disp: 0,
+    };
     let insn = Insn {
         len: 0,
         bits,
@@ -306,7 +321,12 @@ pub fn decode(bytes: &[u8], bits: Bits) -> Result<Insn, DecodeError> {
         mem,
         rep: p.rep,
     };
-    let mut d = Decoder { code, p, insn, reg: 0 };
+    let mut d = Decoder {
+        code,
+        p,
+        insn,
+        reg: 0,
+    };
     if opcode == 0x0f {
         d.two_byte()?;
     } else {
@@ -361,7 +381,11 @@ impl Decoder<'_> {
             }
             0x63 if self.insn.bits == Bits::B64 => {
                 // Without REX.W it is a plain move, of 16 bits if so prefixed.
-                self.insn.op = if self.insn.size == 8 { Op::Movsx(4) } else { Op::Mov };
+                self.insn.op = if self.insn.size == 8 {
+                    Op::Movsx(4)
+                } else {
+                    Op::Mov
+                };
                 self.reg_rm()
             }
             0x6c..=0x6f => {
@@ -376,7 +400,11 @@ impl Decoder<'_> {
                 self.modrm()?;
                 self.insn.dst = self.insn.src;
                 self.insn.op = Op::Alu(Alu::of(self.reg));
-                if b == 0x81 { self.immediate() } else { self.immediate_of(1) }
+                if b == 0x81 {
+                    self.immediate()
+                } else {
+                    self.immediate_of(1)
+                }
             }
             0x84 | 0x85 => {
                 self.insn.op = Op::Test;
@@ -506,7 +534,11 @@ impl Decoder<'_> {
                 // With F2 they are CRC32.
                 m @ (0xf0 | 0xf1) if self.p.rep == Rep::No => {
                     self.insn.op = Op::Movbe;
-                    if m == 0xf0 { self.reg_rm()? } else { self.rm_reg()? }
+                    if m == 0xf0 {
+                        self.reg_rm()?
+                    } else {
+                        self.rm_reg()?
+                    }
                     if self.insn.dst != Operand::Mem && self.insn.src != Operand::Mem {
                         return Err(DecodeError::Invalid);
                     }
@@ -556,9 +588,13 @@ impl Decoder<'_> {
                 self.sized(byte_sized);
                 self.rm_reg()
             }
-            0xb6 | 0xb7 | 0xbe | 0xbf if self.p.rep == Rep::No => {
+            0xb6 | 0xb7 | 0xbe | 0xbf => {
                 let from = if byte_sized { 1 } else { 2 };
-                self.insn.op = if b < 0xb8 { Op::Movzx(from) } else { Op::Movsx(from) };
+                self.insn.op = if b < 0xb8 {
+                    Op::Movzx(from)
+                } else {
+                    Op::Movsx(from)
+                };
                 let size = self.insn.size;
                 self.insn.size = from;
                 self.modrm()?;
@@ -573,6 +609,7 @@ impl Decoder<'_> {
             }
             // MOVNTI
             0xc3 if plain => {
+                self.insn.size = self.insn.size.max(4);
                 self.rm_reg()?;
                 if self.insn.dst != Operand::Mem {
                     return Err(DecodeError::Invalid);
@@ -603,7 +640,11 @@ impl Decoder<'_> {
     /// Pushes and pops are of 64 bits in 64-bit mode, or of 16.
     fn stack_sized(&mut self) {
         if self.insn.bits == Bits::B64 {
-            self.insn.size = if self.p.opsize && self.p.rex & 8 == 0 { 2 } else { 8 };
+            self.insn.size = if self.p.opsize && self.p.rex & 8 == 0 {
+                2
+            } else {
+                8
+            };
         }
     }
 
@@ -620,7 +661,11 @@ impl Decoder<'_> {
 
     fn register(&self, n: u8) -> Operand {
         // Without a REX prefix the byte registers 4 to 7 are ah, ch, dh, bh.
-        if self.insn.size == 1 && self.p.rex == 0 && n >= 4 { Operand::High(n - 4) } else { Operand::Reg(n) }
+        if self.insn.size == 1 && self.p.rex == 0 && n >= 4 {
+            Operand::High(n - 4)
+        } else {
+            Operand::Reg(n)
+        }
     }
 
     fn rm_reg(&mut self) -> Result<(), DecodeError> {
@@ -656,7 +701,11 @@ impl Decoder<'_> {
             return Ok(());
         }
         self.insn.src = Operand::Mem;
-        if self.insn.addr == 2 { self.mem16(mode, rm) } else { self.mem32(mode, rm) }
+        if self.insn.addr == 2 {
+            self.mem16(mode, rm)
+        } else {
+            self.mem32(mode, rm)
+        }
     }
 
     fn mem16(&mut self, mode: u8, rm: u8) -> Result<(), DecodeError> {
@@ -700,7 +749,11 @@ impl Decoder<'_> {
         }
         let stack = !no_base && (base == 4 || base == 5);
         if no_base {
-            base = if rm == 5 && self.insn.bits == Bits::B64 { RIP } else { NONE };
+            base = if rm == 5 && self.insn.bits == Bits::B64 {
+                RIP
+            } else {
+                NONE
+            };
         }
         let disp = match mode {
             0 if no_base => self.code.signed(4)?,
@@ -718,7 +771,13 @@ impl Decoder<'_> {
             None if stack => Seg::Ss,
             None => Seg::Ds,
         };
-        self.insn.mem = Mem { seg, base, index, scale, disp };
+        self.insn.mem = Mem {
+            seg,
+            base,
+            index,
+            scale,
+            disp,
+        };
     }
 }
 

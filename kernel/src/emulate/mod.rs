@@ -23,7 +23,9 @@ mod tests;
 use galvan_base::state::{Event, Seg, Segment};
 
 pub use alu::{Alu, Flags};
-pub use decode::{Bits, Code, DecodeError, Insn, MAX_LEN, Mem, NONE, Op, Operand, Prefixes, RIP, Rep, decode};
+pub use decode::{
+    Bits, Code, DecodeError, Insn, MAX_LEN, Mem, NONE, Op, Operand, Prefixes, RIP, Rep, decode,
+};
 pub use exec::execute;
 
 /// Why an instruction was not completed. Nothing of it has taken effect, except whole iterations
