@@ -328,6 +328,7 @@ pub fn run() -> ! {
     if d.controller_unpause(hv).is_err() {
         give_up!("dom0 does not start");
     }
+    crate::screen::release();
     crate::smp::release();
     crate::platform::cpu_main()
 }

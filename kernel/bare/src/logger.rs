@@ -64,6 +64,7 @@ impl Log for Logger {
 pub fn emit(text: &[u8]) {
     RING.write(text);
     crate::serial::write(text);
+    crate::screen::write(text);
 }
 
 /// Starts logging at this level.

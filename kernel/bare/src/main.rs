@@ -24,6 +24,7 @@ mod panic;
 mod pci;
 mod percpu;
 mod platform;
+mod screen;
 mod serial;
 mod smp;
 mod start;

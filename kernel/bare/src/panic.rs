@@ -27,6 +27,7 @@ impl Write for LastWords {
     fn write_str(&mut self, s: &str) -> fmt::Result {
         // SAFETY: the machine does not go on after a panic.
         unsafe { crate::serial::write_in_panic(s.as_bytes()) };
+        crate::screen::write_in_panic(s.as_bytes());
         Ok(())
     }
 }

@@ -68,6 +68,11 @@ extern "C" fn _start(info: *const BootInfo) -> ! {
     crate::paging::init(info, memory_map().iter());
     crate::heap::init();
     read_options(bytes(info.cmdline));
+    if options().console.vga
+        && let Some(f) = info.screen()
+    {
+        crate::screen::init(f);
+    }
     for r in memory_map().iter() {
         log::debug!("memory {:#014x}-{:#014x} {}", r.start, r.end() - 1, r.kind.name());
     }
