@@ -48,7 +48,7 @@ pub struct Options<'a> {
     /// `watchdog_timeout=`: after so many seconds.
     pub watchdog_timeout_s: u32,
     /// `cpuid=`: features kept from all guests, as a list of `no-NAME`; see
-    /// [`crate::cpu_policy::Mask`].
+    /// [`crate::cpu_policy::hidden_by`].
     pub cpuid: &'a str,
     /// What follows ` -- `: to be appended to the command line of dom0's kernel.
     pub dom0_args: &'a str,

@@ -373,7 +373,7 @@ impl Domain {
             evtchn: EventChannels::new(&config),
             gnttab: GrantTable::new(&config),
             params: RankedLock::new(Default::default()),
-            cpu_policy: RankedRwLock::new(hv.cpu_policy.default_for(config.hardware_domain)),
+            cpu_policy: RankedRwLock::new(hv.cpu_policy.default_for(config.hardware_domain, config.max_vcpus)),
             memory_map: RankedLock::new(Vec::new()),
             hardware,
             time_offset: AtomicI64::new(0),

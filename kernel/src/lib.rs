@@ -8,6 +8,7 @@ extern crate std;
 
 pub mod cmdline;
 pub mod console;
+pub mod cpu_policy;
 pub mod dom0_build;
 pub mod domain;
 pub mod exit;
@@ -27,4 +28,4 @@ pub mod vcpu;
 pub mod xen_version;
 mod standins;
 
-pub use standins::{cpu_policy, evtchn, gnttab, msr, sched, timer};
+pub use standins::{evtchn, gnttab, msr, sched, timer};

@@ -13,19 +13,6 @@ pub mod gnttab {
     }
 }
 
-pub mod cpu_policy {
-    #[derive(Debug)]
-    pub struct HostPolicy;
-    impl HostPolicy {
-        pub fn new(_: &dyn galvan_base::Platform) -> Self { HostPolicy }
-        pub fn default_for(&self, _: bool) -> CpuPolicy {
-            CpuPolicy
-        }
-    }
-    #[derive(Debug)]
-    pub struct CpuPolicy;
-}
-
 pub mod msr {
     #[derive(Debug, Default)]
     pub struct StoredMsrs;

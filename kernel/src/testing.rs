@@ -77,7 +77,11 @@ fn hypervisor(machine: &'static FakeMachine) -> Hv {
         identity: crate::xen_version::Identity::new(0x0004_0014, String::new()),
         cpus: (0..cpus).map(|_| CpuState::default()).collect(),
         wallclock: crate::time::WallClock::new(machine),
-        cpu_policy: crate::cpu_policy::HostPolicy::new(machine),
+        cpu_policy: crate::cpu_policy::HostPolicy::new(
+            &mut |leaf, subleaf| galvan_base::Platform::cpuid(machine, leaf, subleaf),
+            Default::default(),
+            &crate::cpu_policy::Setup::new(0x0004_0014),
+        ),
     })
 }
 

@@ -10,7 +10,8 @@ use galvan_base::state::ArchState;
 use galvan_base::{Gfn, Mfn, Mpa, PAGE_SIZE};
 use galvan_boot::info::{MemoryKind, PhysRange};
 use galvan_dom0_proto::domctl::EmulationFlags;
-use galvan_kernel::cmdline::Features;
+use galvan_kernel::cmdline::{Features, Options};
+use galvan_kernel::cpu_policy::{HostMsrs, HostPolicy, Setup, Virt, hidden_by};
 use galvan_kernel::domain::{Domain, DomainConfig};
 use galvan_kernel::dom0_build::acpi::dom0_tables;
 use galvan_kernel::dom0_build::bzimage::Kernel;
@@ -88,6 +89,30 @@ macro_rules! give_up {
         log::error!($($arg)*);
         panic!("dom0 cannot be started");
     }};
+}
+
+/// What guests may see of the processor.
+fn cpu_policy(caps: &caps::Caps, options: &Options<'_>) -> HostPolicy {
+    // Nested paging flushes whole address spaces, so guests may tag theirs as they like.
+    let mut virt = Virt::PCID | Virt::INVPCID | Virt::PAGE_1G;
+    virt.set(Virt::TSC_AUX, caps.tsc_aux);
+    virt.set(Virt::XSAVE, caps.xsave.is_some());
+    virt.set(Virt::IOMMU_MAPPINGS, galvan_base::Platform::iommu(&MACHINE).is_some());
+    virt.set(Virt::TSC_RELIABLE, galvan_base::Platform::tsc_stable(&MACHINE));
+    let mut hidden = hidden_by(options.cpuid, &mut |word| log::warn!("cpuid={word}: no such feature, or not no-NAME"));
+    if options.no.contains(Features::PAGE1G) {
+        hidden.insert(galvan_kernel::cpu_policy::Feature::PAGE1GB);
+    }
+    let msrs = HostMsrs {
+        arch_caps: crate::cpu::rdmsr_safe(0x10a).unwrap_or(0),
+        microcode: crate::cpu::rdmsr_safe(0x8b).unwrap_or(0),
+    };
+    let setup = Setup {
+        virt,
+        version: options.abi.version(),
+        hidden,
+    };
+    HostPolicy::new(&mut crate::cpu::cpuid, msrs, &setup)
 }
 
 /// Builds everything and runs dom0. The last step of start-up.
@@ -238,7 +263,7 @@ pub fn run() -> ! {
         identity: galvan_kernel::xen_version::Identity::new(options.abi.version(), String::from_utf8_lossy(bytes(info.cmdline)).into_owned()),
         cpus: (0..cpus).map(|_| CpuState::default()).collect(),
         wallclock: galvan_kernel::time::WallClock::new(&MACHINE),
-        cpu_policy: galvan_kernel::cpu_policy::HostPolicy::new(&MACHINE),
+        cpu_policy: cpu_policy(&caps, options),
     });
     // SAFETY: this program is what `Real` asks for: ring 0, soft-float, no FS, GS or SYSCALL, IST
     // only for NMI, #DF and #MC (`desc`), interrupts off except in the windows.
