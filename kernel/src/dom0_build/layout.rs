@@ -82,8 +82,8 @@ pub struct Request<'a> {
     pub host: &'a [Region],
     /// RAM that Galvan keeps for itself.
     pub galvan: &'a [Range<u64>],
-    /// RAM that is in use until dom0 runs and may be dom0's then, apart from the ramdisk: the
-    /// unpacked kernel, command lines, the loader's data.
+    /// RAM that is in use until dom0 runs and may be dom0's then: the unpacked kernel, command lines,
+    /// the loader's data. Parts that are the ramdisk's do not count.
     pub busy: &'a [Range<u64>],
     /// Bytes of RAM for dom0.
     pub size: u64,
@@ -192,7 +192,9 @@ impl Plan {
 
         // Room in which to place things. What is busy now cannot be written to.
         let mut room = ram.clone();
-        for busy in request.busy {
+        let mut busy = merge(request.busy.to_vec());
+        cut(&mut busy, request.ramdisk);
+        for busy in &busy {
             cut(&mut room, busy);
         }
         // Real-mode code and firmware data; dom0 shall find it as the firmware left it.
@@ -684,7 +686,9 @@ mod tests {
             assert!(len(a) == 0 || contains(&plan.ram, a), "{a:x?}");
             assert!(a.end <= 4 * GIB);
             assert!(placed[..n].iter().all(|b| apart(a, b)), "{placed:x?}");
-            assert!(case.busy.iter().all(|b| apart(a, b)), "{a:x?} is busy");
+            let mut busy = merge(case.busy.clone());
+            cut(&mut busy, &case.ramdisk);
+            assert!(busy.iter().all(|b| apart(a, b)), "{a:x?} is busy");
         }
         assert!(plan.ramdisk == case.ramdisk || apart(&plan.ramdisk, &case.ramdisk));
         assert!(plan.start_info.end <= GIB);
@@ -783,6 +787,21 @@ mod tests {
         let plan = case.plan().unwrap();
         check(&case, &plan);
         assert_eq!(plan.ramdisk, case.ramdisk);
+    }
+
+    #[test]
+    fn a_ramdisk_in_one_busy_range_with_the_kernel_file_does_not_keep_itself_busy() {
+        let mut case = Case::new(q35());
+        case.ramdisk = 0x3000_0000..0x3030_0123;
+        case.busy = std::vec![0x2f00_0000..0x3030_1000];
+        let plan = case.plan().unwrap();
+        check(&case, &plan);
+        assert_eq!(plan.ramdisk, case.ramdisk);
+        case.ramdisk = 0x100_0000..0x130_0123;
+        case.kernel.relocation = None;
+        case.busy = std::vec![0xf0_0000..0x130_1000];
+        let plan = case.plan().unwrap();
+        check(&case, &plan);
     }
 
     #[test]
