@@ -50,17 +50,50 @@ impl From<WalkFault> for Errno {
     }
 }
 
+bitflags::bitflags! {
+    /// What an access is, for the checks of the page walk.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct Access: u8 {
+        /// It writes.
+        const WRITE = 1;
+        /// It fetches an instruction.
+        const FETCH = 2;
+        /// It is made with user rights.
+        const USER = 4;
+        /// Pages that users may use are forbidden (SMAP, SMEP).
+        const NO_USER_PAGES = 8;
+        /// Read-only pages may be written (CR0.WP is clear and the access is no user's).
+        const IGNORE_READ_ONLY = 16;
+        /// Pages that may not be executed are known (EFER.NXE).
+        const NX = 32;
+    }
+}
+
 const PTE_P: u64 = 1;
 const PTE_W: u64 = 1 << 1;
+const PTE_U: u64 = 1 << 2;
 const PTE_A: u64 = 1 << 5;
 const PTE_D: u64 = 1 << 6;
 const PTE_PS: u64 = 1 << 7;
+const PTE_NX: u64 = 1 << 63;
 const PTE_ADDR: u64 = 0x000f_ffff_ffff_f000;
 
 impl Cx<'_> {
     /// Translates a guest virtual address for a supervisor access; user pages are allowed, as
     /// hypercall buffers of the tools are. Sets accessed and dirty bits.
     pub fn translate(&self, gva: u64, write: bool) -> Result<Gpa, WalkFault> {
+        self.translate_as(
+            gva,
+            if write {
+                Access::WRITE
+            } else {
+                Access::empty()
+            },
+        )
+    }
+
+    /// Translates a guest virtual address for an access of this kind. Sets accessed and dirty bits.
+    pub fn translate_as(&self, gva: u64, a: Access) -> Result<Gpa, WalkFault> {
         let hw = &self.st.hw;
         if hw.cr(0) & CR0_PG == 0 {
             return Ok(Gpa::new_truncate(gva & 0xffff_ffff));
@@ -71,7 +104,7 @@ impl Cx<'_> {
             if (gva as i64) << 16 >> 16 != gva as i64 {
                 return Err(WalkFault::NotCanonical);
             }
-            self.walk(cr3 & PTE_ADDR, gva, &LONG, write)
+            self.walk(cr3 & PTE_ADDR, gva, &LONG, a)
         } else if cr4 & CR4_PAE != 0 {
             // The four PDPTEs have neither W nor A (Intel SDM "PAE Paging").
             let pdpte_at = (cr3 & 0xffff_ffe0) + ((gva >> 30) & 3) * 8;
@@ -79,7 +112,7 @@ impl Cx<'_> {
             if pdpte & PTE_P == 0 {
                 return Err(WalkFault::PageFault { present: false });
             }
-            self.walk(pdpte & PTE_ADDR, gva & 0xffff_ffff, &PAE, write)
+            self.walk(pdpte & PTE_ADDR, gva & 0xffff_ffff, &PAE, a)
         } else {
             self.walk(
                 cr3 & 0xffff_f000,
@@ -89,12 +122,20 @@ impl Cx<'_> {
                 } else {
                     &LEGACY
                 },
-                write,
+                a,
             )
         }
     }
 
-    fn walk(&self, mut table: u64, gva: u64, mode: &Mode, write: bool) -> Result<Gpa, WalkFault> {
+    fn walk(
+        &self,
+        mut table: u64,
+        gva: u64,
+        mode: &Mode,
+        access: Access,
+    ) -> Result<Gpa, WalkFault> {
+        let write = access.contains(Access::WRITE);
+        let mut user_page = true;
         for (i, level) in mode.levels.iter().enumerate() {
             let index = (gva >> level.shift) & level.mask;
             let at = table + index * mode.entry;
@@ -102,11 +143,19 @@ impl Cx<'_> {
             if pte & PTE_P == 0 {
                 return Err(WalkFault::PageFault { present: false });
             }
-            if write && pte & PTE_W == 0 {
-                return Err(WalkFault::PageFault { present: true });
-            }
+            user_page &= pte & PTE_U != 0;
             let last = i + 1 == mode.levels.len();
             let leaf = last || (level.superpage && pte & PTE_PS != 0);
+            let read_only = pte & PTE_W == 0 && !access.contains(Access::IGNORE_READ_ONLY);
+            let not_executable =
+                mode.entry == 8 && pte & PTE_NX != 0 && access.contains(Access::NX);
+            if write && read_only
+                || access.contains(Access::USER) && !user_page
+                || access.contains(Access::NO_USER_PAGES) && leaf && user_page
+                || access.contains(Access::FETCH) && not_executable
+            {
+                return Err(WalkFault::PageFault { present: true });
+            }
             let want = if leaf && write { PTE_A | PTE_D } else { PTE_A };
             if pte & want != want {
                 self.set_bits(at, want)?;
