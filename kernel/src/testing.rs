@@ -31,14 +31,16 @@ use crate::timer::TimerQueues;
 use crate::vcpu::{self, Vcpu, VcpuState, block};
 
 /// Frames of RAM that [`World::new`] gives each domain, from guest frame 0 on.
-const RAM: u64 = 64;
+pub const RAM: u64 = 64;
 
 /// A machine with domains. What it is made of is never freed.
-struct World {
-    machine: &'static FakeMachine,
-    hv: Hv,
+pub struct World {
+    /// The machine.
+    pub machine: &'static FakeMachine,
+    /// The hypervisor on it.
+    pub hv: Hv,
     /// By domain id, which count from 0; the first is the hardware domain.
-    domains: Vec<Arc<Domain>>,
+    pub domains: Vec<Arc<Domain>>,
 }
 
 impl fmt::Debug for World {
@@ -52,7 +54,7 @@ fn leak<T>(v: T) -> &'static T {
 }
 
 /// A hypervisor on this machine, without domains.
-fn hypervisor(machine: &'static FakeMachine) -> Hv {
+pub fn hypervisor(machine: &'static FakeMachine) -> Hv {
     let frame = |n| Mfn::new(n).expect("a frame number");
     let ram: Vec<Range<Mfn>> = machine
         .ram()
@@ -86,7 +88,7 @@ fn hypervisor(machine: &'static FakeMachine) -> Hv {
 }
 
 /// What [`World::new`] makes domains of.
-fn config(hardware_domain: bool, vcpus: u32) -> DomainConfig {
+pub fn config(hardware_domain: bool, vcpus: u32) -> DomainConfig {
     DomainConfig {
         handle: [0; 16],
         max_vcpus: vcpus,
@@ -104,7 +106,7 @@ impl World {
     /// So many domains of so many vCPUs each, in protected mode without paging, with [`RAM`] frames
     /// each. The vCPUs are up; the domains are paused by their controller, so the scheduler leaves
     /// them alone.
-    fn new(domains: u16, vcpus: u32) -> World {
+    pub fn new(domains: u16, vcpus: u32) -> World {
         let mib = u64::from(domains) + 4;
         World::on(leak(FakeMachine::new(mib)), domains, |d| {
             config(d == 0, vcpus)
@@ -112,7 +114,7 @@ impl World {
     }
 
     /// On a machine of the test's own, with a configuration for each domain id.
-    fn on(
+    pub fn on(
         machine: &'static FakeMachine,
         domains: u16,
         config: impl Fn(u16) -> DomainConfig,
@@ -130,7 +132,7 @@ impl World {
     }
 
     /// One more domain like those of [`World::new`].
-    fn add_domain(&mut self, id: u16, config: DomainConfig) -> Arc<Domain> {
+    pub fn add_domain(&mut self, id: u16, config: DomainConfig) -> Arc<Domain> {
         let d = Domain::new(self.hv, id, config).expect("a domain");
         self.hv.domains.insert(d.clone()).expect("a free id");
         for gfn in 0..RAM {
@@ -145,7 +147,7 @@ impl World {
     }
 
     /// Gives a domain one more frame of RAM.
-    fn add_frame(&self, d: &Domain, gfn: Gfn) -> Mfn {
+    pub fn add_frame(&self, d: &Domain, gfn: Gfn) -> Mfn {
         let owner = Owner::Guest(d.id);
         let mfn = self.hv.frames.alloc_zeroed(owner).expect("memory");
         let mut c = d.p2m.changes();
@@ -155,21 +157,23 @@ impl World {
         mfn
     }
 
-    fn dom(&self, id: u16) -> &Arc<Domain> {
+    /// The domain of this id.
+    pub fn dom(&self, id: u16) -> &Arc<Domain> {
         &self.domains[usize::from(id)]
     }
 
-    fn vcpu(&self, dom: u16, vcpu: u32) -> &Arc<Vcpu> {
+    /// A vCPU of a domain.
+    pub fn vcpu(&self, dom: u16, vcpu: u32) -> &Arc<Vcpu> {
         self.dom(dom).vcpu(vcpu).expect("a vCPU")
     }
 
     /// The frame behind a guest frame.
-    fn mfn(&self, dom: u16, gfn: u64) -> Mfn {
+    pub fn mfn(&self, dom: u16, gfn: u64) -> Mfn {
         self.dom(dom).p2m.lookup(Gfn::new_truncate(gfn)).mfn
     }
 
     /// Runs `f` as a handler on behalf of a vCPU.
-    fn with_cx<R>(&self, dom: u16, vcpu: u32, f: impl FnOnce(&mut Cx<'_>) -> R) -> R {
+    pub fn with_cx<R>(&self, dom: u16, vcpu: u32, f: impl FnOnce(&mut Cx<'_>) -> R) -> R {
         let (dom, vcpu) = (self.dom(dom), self.vcpu(dom, vcpu));
         let st: &mut VcpuState = &mut vcpu.state();
         f(&mut Cx {
@@ -181,20 +185,12 @@ impl World {
     }
 
     /// One run of a hypercall handler.
-    fn call_once(&self, dom: u16, vcpu: u32, number: u32, args: Args) -> Ret {
-        self.with_cx(dom, vcpu, |cx| {
-            hypercall::dispatch(cx, number.into(), args)
-        })
+    pub fn call_once(&self, dom: u16, vcpu: u32, number: u32, args: Args) -> Ret {
+        self.with_cx(dom, vcpu, |cx| hypercall::dispatch(cx, number.into(), args))
     }
 
     /// A hypercall to its end.
-    fn call(
-        &self,
-        dom: u16,
-        vcpu: u32,
-        number: u32,
-        mut args: Args,
-    ) -> Result<u64, Errno> {
+    pub fn call(&self, dom: u16, vcpu: u32, number: u32, mut args: Args) -> Result<u64, Errno> {
         for _ in 0..1_000_000 {
             match self.call_once(dom, vcpu, number, args)? {
                 Outcome::Done(v) | Outcome::Yield(v) | Outcome::Block(v) => return Ok(v),
@@ -205,13 +201,13 @@ impl World {
     }
 
     /// Writes a value to a domain's memory.
-    fn put<T: IntoBytes + Immutable>(&self, dom: u16, gpa: u64, v: &T) {
+    pub fn put<T: IntoBytes + Immutable>(&self, dom: u16, gpa: u64, v: &T) {
         let at = Gpa::new(gpa).expect("an address");
         write_gpa(self.hv, self.dom(dom), at, v.as_bytes()).expect("RAM");
     }
 
     /// Reads a value from a domain's memory.
-    fn get<T: FromBytes + IntoBytes>(&self, dom: u16, gpa: u64) -> T {
+    pub fn get<T: FromBytes + IntoBytes>(&self, dom: u16, gpa: u64) -> T {
         let mut v = T::new_zeroed();
         let at = Gpa::new(gpa).expect("an address");
         read_gpa(self.hv, self.dom(dom), at, v.as_mut_bytes()).expect("RAM");
@@ -219,7 +215,7 @@ impl World {
     }
 
     /// Reads a value from a frame of the machine.
-    fn read<T: FromBytes + IntoBytes>(&self, m: Mfn, off: usize) -> T {
+    pub fn read<T: FromBytes + IntoBytes>(&self, m: Mfn, off: usize) -> T {
         let mut v = T::new_zeroed();
         assert!(off + size_of::<T>() <= PAGE_SIZE);
         self.hv

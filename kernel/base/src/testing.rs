@@ -133,7 +133,8 @@ struct Inner {
     mmio: BTreeMap<u64, u8>,
     pci: BTreeMap<Sbdf, PciFunction>,
     accesses: Vec<MachineAccess>,
-    direct_ports: BTreeSet<u16>,
+    /// By port number; empty while there are none.
+    direct_ports: Vec<bool>,
     gsis: BTreeMap<u32, GsiRoute>,
     msis: BTreeMap<u32, CpuId>,
     console_out: Vec<u8>,
@@ -400,7 +401,7 @@ impl FakeMachine {
     }
     /// Whether the hardware domain may use a port directly.
     pub fn port_is_direct(&self, port: u16) -> bool {
-        self.inner().direct_ports.contains(&port)
+        self.inner().direct_ports.get(usize::from(port)) == Some(&true)
     }
 
     // --- devices ---
@@ -683,13 +684,8 @@ impl Platform for FakeMachine {
 
     fn hwdom_ports(&self, first: u16, last: u16, direct: bool) {
         let mut inner = self.inner();
-        for port in first..=last {
-            if direct {
-                inner.direct_ports.insert(port);
-            } else {
-                inner.direct_ports.remove(&port);
-            }
-        }
+        inner.direct_ports.resize(0x1_0000, false);
+        inner.direct_ports[first.into()..=last.into()].fill(direct);
     }
 
     fn port_in(&self, port: u16, size: u8) -> u32 {

@@ -1,1 +1,0 @@
-//! Event channels against models of their state, a guest's consumer, and hostile guests.
