@@ -10,9 +10,12 @@ use galvan_base::state::{Event, RFLAGS_IF, Seg};
 use crate::guest_access::Cx;
 use crate::hypercall::{self, After};
 
-pub use crate::standins::exits::apic;
-use crate::standins::exits::{cpuid, mmio, msr, pio};
-pub use crate::standins::insn;
+pub mod apic;
+mod cpuid;
+pub mod insn;
+pub mod mmio;
+mod msr;
+mod pio;
 
 /// What happens to the vCPU after an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
