@@ -231,11 +231,17 @@ pub(super) fn tear_down(hv: Hv, mapper: &Domain, budget: &mut Budget) -> bool {
         let mut partings = Partings::new();
         let mut all = false;
         let mut stuck = false;
-        while !partings.is_full() && !stuck && budget.spend() {
-            let Some(handle) = mapper.gnttab.track.lock().next_to_tear_down() else {
+        while !partings.is_full() && !stuck {
+            let mut track = mapper.gnttab.track.lock();
+            let Some(handle) = track.next_to_tear_down() else {
                 all = true;
                 break;
             };
+            if !budget.spend() {
+                track.retry_from(handle);
+                break;
+            }
+            drop(track);
             match partings.part(hv, mapper, &mut changes, handle, None) {
                 Ok(()) | Err(GntStatus::BAD_HANDLE) => {}
                 Err(_) => {

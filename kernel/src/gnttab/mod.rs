@@ -152,12 +152,12 @@ pub fn domain_teardown(hv: Hv, d: &Domain, budget: &mut Budget) -> bool {
     }
     let mut g = d.gnttab.granted.lock();
     g.close();
-    while budget.spend() {
-        if !g.free_one(&hv.frames) {
-            return true;
+    while g.free_one(&hv.frames) {
+        if !budget.spend() {
+            return false;
         }
     }
-    false
+    true
 }
 
 /// Looks up domains by id, remembering the last.
