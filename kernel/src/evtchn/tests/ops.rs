@@ -463,7 +463,7 @@ fn teardown_leaves_nothing_behind() {
     g1.init_control(0, 2, 0).unwrap();
     g1.expand_array(3).unwrap();
     let waits = g1.alloc(SELF, DomId(0)).unwrap();
-    let refs = std::sync::Arc::strong_count(d);
+    let refs = Arc::strong_count(d);
     assert!(!domain_teardown(w.hv, d, &mut Budget::new(5)));
     assert_eq!(g1.alloc(SELF, DomId(0)), Err(Errno::EINVAL), "no new ports");
     assert_eq!(
@@ -476,7 +476,7 @@ fn teardown_leaves_nothing_behind() {
     assert_eq!(g0.stat(near), (EVTCHNSTAT_UNBOUND, 0, 1, 0));
     assert_eq!(g0.send(near), Ok(()));
     assert_eq!(
-        std::sync::Arc::strong_count(d),
+        Arc::strong_count(d),
         refs - 3,
         "dom0's end and both of its own pair"
     );
