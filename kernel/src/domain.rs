@@ -13,7 +13,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
 
-use galvan_base::Mfn;
+use galvan_base::{Gfn, Mfn};
 use galvan_base::sync::{RankedLock, RankedRwLock, rank};
 use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::sched::{SHUTDOWN_CODE_INVALID, SHUTDOWN_CRASH};
@@ -24,9 +24,11 @@ use crate::cpu_policy::CpuPolicy;
 use crate::evtchn::EventChannels;
 use crate::gnttab::GrantTable;
 use crate::hv::Hv;
-use crate::mm::Owner;
+use crate::lifecycle::Control;
+use crate::mm::{FrameTable, Owner};
 use crate::p2m::{Changes, P2m, P2mConfig, StageTwoFlush};
 use crate::platform_dom0::HwDomain;
+use crate::sched::DomainShare;
 use crate::vcpu::Vcpu;
 
 /// Domain ids from here on are reserved for special meanings (public `xen.h`).
@@ -90,7 +92,9 @@ pub struct Domain {
     /// Lifecycle.
     pub life: RankedLock<Life, { rank::LIFE }>,
     /// How many reasons there are for its vCPUs not to run.
-    pub pause_count: AtomicU32,
+    pub pause_count: Arc<AtomicU32>,
+    /// Its weight and cap.
+    pub share: Arc<DomainShare>,
     vcpus: Once<Box<[Arc<Vcpu>]>>,
     /// Second-stage memory map.
     pub p2m: P2m,
@@ -127,6 +131,11 @@ pub struct Domain {
     pub debug_line: RankedLock<crate::console::LineBuffer, { rank::CONFIG }>,
     /// The reason announced by `SCHEDOP_shutdown_code`, for a domain that crashes afterwards.
     pub shutdown_code_hint: AtomicU32,
+    /// What the toolstack has set, and its calls in progress.
+    pub control: RankedLock<Control, { rank::CONFIG }>,
+    /// Where the guest has mapped the shared info page last.
+    shared_info_gfn: AtomicU64,
+    frames: &'static FrameTable,
 }
 
 impl fmt::Debug for Domain {
@@ -154,6 +163,17 @@ impl Domain {
             v.into_boxed_slice()
         });
         if fresh { Ok(()) } else { Err(Errno::EEXIST) }
+    }
+
+    /// The guest maps the shared info page there.
+    pub fn note_shared_info(&self, at: Gfn) {
+        self.shared_info_gfn.store(at.get(), Ordering::Relaxed);
+    }
+
+    /// Where the guest has the shared info page, if it has.
+    pub fn shared_info_gfn(&self) -> Option<Gfn> {
+        let at = Gfn::new(self.shared_info_gfn.load(Ordering::Relaxed))?;
+        (self.p2m.lookup(at).mfn == self.shared_info).then_some(at)
     }
 
     /// Whether it may issue calls that control others.
@@ -362,7 +382,8 @@ impl Domain {
                 controller_pauses: 1,
                 crash_reason: None,
             }),
-            pause_count: AtomicU32::new(1),
+            pause_count: Arc::new(AtomicU32::new(1)),
+            share: Arc::default(),
             vcpus: Once::new(),
             p2m,
             flush_epoch: AtomicU64::new(1),
@@ -381,7 +402,27 @@ impl Domain {
             runstate_update_flag: AtomicBool::new(false),
             debug_line: RankedLock::new(Default::default()),
             shutdown_code_hint: AtomicU32::new(SHUTDOWN_CODE_INVALID),
+            control: RankedLock::new(Control {
+                handle: config.handle,
+                ..Control::default()
+            }),
+            shared_info_gfn: AtomicU64::new(u64::MAX),
+            frames: &hv.frames,
         }))
+    }
+}
+
+impl Drop for Domain {
+    fn drop(&mut self) {
+        // Nothing leads to it any more: the p2m was torn down, and whoever sends events to the domain
+        // holds it.
+        if self
+            .frames
+            .release(self.shared_info, 1, Owner::Galvan)
+            .is_err()
+        {
+            debug_assert!(false, "the shared info of {self:?} was not Galvan's");
+        }
     }
 }
 
@@ -389,6 +430,8 @@ impl Domain {
 #[derive(Debug, Default)]
 pub struct DomainTable {
     list: ListLock,
+    /// The id given last, so that ids are not used again soon.
+    last_id: AtomicU32,
 }
 
 /// The sorted list under its lock.
@@ -426,6 +469,14 @@ impl DomainTable {
         (from..FIRST_RESERVED_DOMID)
             .find(free)
             .or_else(|| (1..from).find(free))
+    }
+
+    /// An id for a new domain: a free one above those given before, from 1 on again at the end.
+    pub fn next_id(&self) -> Option<u16> {
+        let from = self.last_id.load(Ordering::Relaxed) as u16;
+        let id = self.free_id(from.saturating_add(1))?;
+        self.last_id.store(u32::from(id), Ordering::Relaxed);
+        Some(id)
     }
 
     /// Adds a domain; EEXIST if its id is taken.

@@ -36,6 +36,10 @@ pub fn run_once(hv: Hv) {
             }
             hv.sched.put_back(hv, cpu, v);
         }
+        // Idle time goes into scrubbing what others have left, a piece at a time.
+        None if !hv.sched.has_work(cpu) && hv.frames.scrub(PageOrder::P2M) => {
+            hv.hw.take_interrupts();
+        }
         None => {
             let deadline = [hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu)]
                 .into_iter()
@@ -167,7 +171,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
 }
 
 /// Does what others have asked this vCPU to do.
-fn serve_requests(cx: &mut Cx<'_>) {
+pub(crate) fn serve_requests(cx: &mut Cx<'_>) {
     let v = cx.vcpu;
     if v.posted_any.swap(0, Ordering::SeqCst) != 0 {
         let take = |words: &[AtomicU64; 4], which: [u64; 4]| {
@@ -198,9 +202,7 @@ fn serve_requests(cx: &mut Cx<'_>) {
     }
     if asked & request::INIT != 0 {
         cx.st.reset_to(&ArchState::at_reset());
-        cx.st.lapic.init();
-        v.apic_view
-            .store(cx.st.lapic.address().bits(), Ordering::Release);
+        exit::apic::init(cx);
         if asked & request::SIPI == 0 {
             v.blocked.fetch_or(block::DOWN, Ordering::SeqCst);
         }

@@ -201,7 +201,7 @@ impl World {
     }
 
     /// Writes a value to a domain's memory.
-    pub fn put<T: IntoBytes + Immutable>(&self, dom: u16, gpa: u64, v: &T) {
+    pub fn put<T: IntoBytes + Immutable + ?Sized>(&self, dom: u16, gpa: u64, v: &T) {
         let at = Gpa::new(gpa).expect("an address");
         write_gpa(self.hv, self.dom(dom), at, v.as_bytes()).expect("RAM");
     }

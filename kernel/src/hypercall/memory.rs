@@ -228,6 +228,7 @@ fn add_one(
         XENMAPSPACE_SHARED_INFO => {
             let page = PageRef::take(&cx.hv.frames, d.shared_info).map_err(|_| Errno::EINVAL)?;
             changes.map_shared(at, page)?;
+            d.note_shared_info(at);
             crate::time::write_wallclock(cx.hv, d);
         }
         XENMAPSPACE_GRANT_TABLE => {

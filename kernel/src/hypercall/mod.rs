@@ -11,9 +11,10 @@ use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::xen as nr;
 
 use crate::guest_access::Cx;
-use crate::standins::calls::{domctl, sysctl};
 
+mod bitmap;
 pub mod console_io;
+pub mod domctl;
 pub mod event_channel;
 pub mod grant_table;
 pub mod hvm;
@@ -21,7 +22,9 @@ pub mod memory;
 pub mod multicall;
 pub mod physdev;
 pub mod platform;
+mod policy_out;
 pub mod sched_op;
+pub mod sysctl;
 pub mod vcpu_op;
 pub mod version;
 

@@ -45,7 +45,7 @@ pub fn xen_version(cx: &mut Cx<'_>, [cmd, arg, ..]: Args) -> Ret {
             };
             cx.put(arg, &f)?;
         }
-        XENVER_GUEST_HANDLE => cx.put(arg, &cx.dom.config.handle)?,
+        XENVER_GUEST_HANDLE => cx.put(arg, &crate::lifecycle::handle(cx.dom))?,
         XENVER_BUILD_ID => return Err(Errno::ENODATA),
         XENVER_EXTRAVERSION2 => return put_varbuf(cx, arg, &id.extraversion),
         XENVER_CAPABILITIES2 => return put_varbuf(cx, arg, CAPABILITIES),
