@@ -20,6 +20,7 @@ pub mod hv;
 pub mod hvm_context;
 pub mod hvm_params;
 pub mod hypercall;
+pub mod iommu;
 pub mod irq;
 pub mod lifecycle;
 pub mod mm;

@@ -278,6 +278,6 @@ pub fn runstate_of(hv: Hv, v: &Vcpu) -> VcpuRunstateInfo {
         RUNSTATE_RUNNABLE
     };
     r.state_entry_time = hv.hw.now_ns();
-    r.time = [v.unit.cpu_time(), 0, 0, 0];
+    r.time = [v.unit.cpu_time(hv.hw.now_ns()), 0, 0, 0];
     r
 }

@@ -10,7 +10,7 @@
 //! loop calls with no lock held but that of the vCPU it runs. So no lock needs an interrupt-disabling variant.
 
 use alloc::boxed::Box;
-use core::fmt::Debug;
+use core::fmt::{self, Debug};
 
 use crate::exit::Exit;
 use crate::state::{ArchState, Event, Gprs, Seg, Segment};
@@ -176,6 +176,13 @@ impl Sbdf {
     /// Bus and devfn: the requester id within the segment.
     pub const fn bdf(self) -> u16 {
         self.0 as u16
+    }
+}
+
+impl fmt::Display for Sbdf {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (segment, bus, devfn) = (self.segment(), self.bus(), self.devfn());
+        write!(f, "{segment:04x}:{bus:02x}:{:02x}.{}", devfn >> 3, devfn & 7)
     }
 }
 

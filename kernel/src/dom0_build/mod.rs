@@ -7,7 +7,7 @@
 //! - [`layout`]: dom0's memory, its map, and the place of everything in it.
 
 pub mod acpi;
-mod bytes;
+pub(crate) mod bytes;
 pub mod bzimage;
 pub mod elf;
 pub mod layout;

@@ -16,6 +16,8 @@ pub mod insn;
 pub mod mmio;
 mod msr;
 mod pio;
+#[cfg(test)]
+mod tests;
 
 /// What happens to the vCPU after an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -38,6 +38,8 @@ const BURST: u64 = 5_000_000;
 const SOFT_PATIENCE: u64 = 5_000_000;
 /// How often a busy queue looks whether another is less busy.
 const BALANCE_PERIOD: u64 = 10_000_000;
+/// How long a unit given away stays away.
+const STAY: u64 = 100_000_000;
 /// How many waiting units are considered for being moved to another queue.
 const BALANCE_SCAN: usize = 16;
 const NEVER: u64 = u64::MAX;
@@ -391,6 +393,44 @@ impl<E> Inner<E> {
         })
     }
 
+    /// The virtual time of one that takes part in the competition for these CPUs, brought to where
+    /// the turns of all that wait there could have put it.
+    ///
+    /// Among units that have competed for a while, no two are farther apart than their turns: one
+    /// turn ago they were the other way round. One that comes from elsewhere, or has had no
+    /// competitors, may be anywhere: too far back it would keep the others waiting until it has
+    /// caught up, too far ahead it would wait until they have.
+    fn bring(&self, cpus: u64, vt: u64, rate: u64) -> u64 {
+        let here = |e: &&Entry<E>| e.hard & cpus != 0;
+        let Some(last) = self.ready.iter().rev().find(here) else {
+            return vt;
+        };
+        let least = distance(rate, 0);
+        if !before(vt.wrapping_add(least), last.vt) {
+            // It is not far behind anybody.
+            let ceiling = last.vt.wrapping_add(distance(rate, last.rate));
+            return if before(ceiling, vt) { ceiling } else { vt };
+        }
+        self.ready.iter().filter(here).fold(vt, |vt, e| {
+            let floor = e.vt.wrapping_sub(distance(rate, e.rate));
+            if before(vt, floor) { floor } else { vt }
+        })
+    }
+
+    /// The virtual time of those who compete for these CPUs, with the rate of one of them: that of
+    /// the unit served last (at its begin, or with `at` at that time) or of the first in line.
+    fn level(&self, cpus: u64, at: Option<u64>) -> Option<(u64, u64)> {
+        let newest = bits(self.busy & cpus)
+            .filter_map(|b| self.runs.get(b as usize))
+            .map(|r| (at.map_or(r.vt, |now| r.vt_at(now)), r.rate))
+            .reduce(|a, b| if before(a.0, b.0) { b } else { a });
+        let first = self.head(cpus).map(|h| (h.vt, h.rate));
+        match (newest, first) {
+            (Some(a), Some(b)) => Some(if before(a.0, b.0) { a } else { b }),
+            (a, b) => a.or(b),
+        }
+    }
+
     fn run(&mut self, bit: u32) -> Option<&mut Run> {
         self.runs.get_mut(bit as usize)
     }
@@ -469,11 +509,11 @@ impl<E: Entity> RunQueues<E> {
     /// the CPUs to kick. `me` is the calling CPU.
     pub fn wake(&self, e: &E, me: CpuId, now: u64) -> CpuSet {
         let mut kicks = CpuSet::EMPTY;
-        self.wake_as(e, me, now, true, &mut kicks);
+        self.wake_as(e, me, now, Why::Woke, &mut kicks);
         kicks
     }
 
-    fn wake_as(&self, e: &E, me: CpuId, now: u64, fresh: bool, kicks: &mut CpuSet) {
+    fn wake_as(&self, e: &E, me: CpuId, now: u64, why: Why, kicks: &mut CpuSet) {
         let u = e.unit();
         while let Some((n, q, mut inner)) = self.lock_unit(u) {
             if u.state() != State::Off || u.gone.load(Ordering::Relaxed) || !e.runnable() {
@@ -487,10 +527,10 @@ impl<E: Entity> RunQueues<E> {
             if u.hard_mask.load(Ordering::Relaxed) == 0 {
                 return;
             }
-            if fresh {
+            if why == Why::Woke {
                 u.woken_at.store(now, Ordering::Relaxed);
             }
-            self.enqueue(At { n, q, me, now }, &mut inner, e.clone(), kicks);
+            self.enqueue(At { n, q, me, now }, &mut inner, e.clone(), why, kicks);
             return;
         }
     }
@@ -531,15 +571,29 @@ impl<E: Entity> RunQueues<E> {
         self.sleep(e)
     }
 
-    /// Ends the turn of a running entity so that its changed share takes effect.
-    pub fn reconsider(&self, e: &E) -> CpuSet {
+    /// The share of the entity's domain has changed: ends its turn or its wait for a period, so that
+    /// this takes effect.
+    pub fn reconsider(&self, e: &E, me: CpuId, now: u64) -> CpuSet {
         let u = e.unit();
         let mut kicks = CpuSet::EMPTY;
-        if let Some((_, q, mut inner)) = self.lock_unit(u)
-            && u.state() == State::Running
-            && let Some(cpu) = u.running_on()
-        {
-            self.evict(q, &mut inner, cpu, &mut kicks);
+        let Some((n, q, mut inner)) = self.lock_unit(u) else {
+            return kicks;
+        };
+        match (u.state(), u.running_on()) {
+            (State::Running, Some(cpu)) => self.evict(q, &mut inner, cpu, &mut kicks),
+            (State::Parked, _) => {
+                if let Some(e) = inner.take_parked(u) {
+                    u.set_state(State::Off);
+                    self.enqueue(
+                        At { n, q, me, now },
+                        &mut inner,
+                        e,
+                        Why::Unparked,
+                        &mut kicks,
+                    );
+                }
+            }
+            _ => {}
         }
         kicks
     }
@@ -589,7 +643,7 @@ impl<E: Entity> RunQueues<E> {
         // Between the locks it is off like one that has just been put to sleep: whoever wakes it
         // queues it, and we find that done.
         if let Some(e) = taken {
-            self.wake_as(&e, me, now, false, &mut kicks);
+            self.wake_as(&e, me, now, Why::Moved, &mut kicks);
         }
         Ok(kicks)
     }
@@ -602,14 +656,14 @@ impl<E: Entity> RunQueues<E> {
         };
         let (q, on) = (at.q, 1u64 << c.index);
         let mut inner = q.inner.lock();
-        if c.poked.load(Ordering::Acquire) {
+        let poked = c.poked.load(Ordering::Acquire);
+        if poked {
             c.poked.store(false, Ordering::SeqCst);
         }
         if q.idle.load(Ordering::Relaxed) & on != 0 {
             q.idle.fetch_and(!on, Ordering::SeqCst);
         }
         self.unpark(at, &mut inner, c.index, &mut kicks);
-        let surplus = self.surplus(at, &mut inner);
         let mut got = None;
         while let Some(i) = inner.choose(c.index) {
             let Some(entry) = inner.ready.remove(i) else {
@@ -626,7 +680,10 @@ impl<E: Entity> RunQueues<E> {
                 Err(until) => self.park(at, &mut inner, entry.e, until, &mut kicks),
             }
         }
+        // Give away only what this CPU would not run.
+        let surplus = got.as_ref().and_then(|_| self.surplus(at, &mut inner));
         q.publish_waiting(&inner);
+        self.poke_for_waiting(q, &inner, &mut kicks);
         if got.is_none() {
             // First say that we idle, then look at the other queues; who queues there first says
             // that somebody waits, then looks for idle CPUs.
@@ -634,10 +691,12 @@ impl<E: Entity> RunQueues<E> {
         }
         drop(inner);
         if let Some(e) = surplus {
-            self.wake_as(&e, cpu, now, false, &mut kicks);
+            self.wake_as(&e, cpu, now, Why::Moved, &mut kicks);
         }
         if got.is_none() {
             got = self.steal(at, c.index, &mut kicks);
+        } else if poked && self.queues.len() > 1 {
+            self.pass_on(at, &mut kicks);
         }
         (got, kicks)
     }
@@ -678,7 +737,7 @@ impl<E: Entity> RunQueues<E> {
             q.uncount(u);
             drop(inner);
             if wanted {
-                self.wake_as(&e, cpu, now, false, &mut kicks);
+                self.wake_as(&e, cpu, now, Why::Moved, &mut kicks);
             }
             return kicks;
         }
@@ -690,12 +749,13 @@ impl<E: Entity> RunQueues<E> {
         // where nobody waits, or have a whole CPU and would be due more, drift away from the
         // others; here is where they meet.
         let rate = u.share.rate();
+        vt = inner.bring(on, vt, rate);
         let head = inner.head(on);
-        if let Some(h) = head {
-            vt = near(vt, rate, h.vt, h.rate);
-            if yielding && before(vt, h.vt) {
-                vt = h.vt;
-            }
+        if let Some(h) = head
+            && yielding
+            && before(vt, h.vt)
+        {
+            vt = h.vt;
         }
         let want = self.queue_up(q, &mut inner, e, vt, rate);
         // The caller picks next. If that will not be this one, another CPU may be free for it.
@@ -733,6 +793,10 @@ impl<E: Entity> RunQueues<E> {
         let mut inner = at.q.inner.lock();
         self.unpark(at, &mut inner, c.index, &mut kicks);
         let head = inner.head(1 << c.index);
+        let Some(&run) = inner.runs.get(c.index as usize) else {
+            return (false, kicks);
+        };
+        let brought = inner.bring(1 << c.index, run.vt_at(now), run.rate);
         let Some(run) = inner.run(c.index) else {
             return (false, kicks);
         };
@@ -740,7 +804,7 @@ impl<E: Entity> RunQueues<E> {
         if !over && now >= run.slice_end {
             run.charge(now);
             if let Some(h) = head {
-                run.vt = near(run.vt, run.rate, h.vt, h.rate);
+                run.vt = brought;
                 // Not for less than the shortest turn.
                 let more = virtual_time(self.ratelimit().max(MIN_SLICE), run.rate);
                 over = before(h.vt, run.vt.wrapping_add(more));
@@ -797,7 +861,7 @@ impl<E: Entity> RunQueues<E> {
     }
 
     /// Queues a unit that is off and runnable, and finds a CPU for it.
-    fn enqueue(&self, at: At<'_, E>, inner: &mut Inner<E>, e: E, kicks: &mut CpuSet) {
+    fn enqueue(&self, at: At<'_, E>, inner: &mut Inner<E>, e: E, why: Why, kicks: &mut CpuSet) {
         let (q, now, u) = (at.q, at.now, e.unit());
         if let Some(until) = u.share.exhausted(now) {
             self.park(at, inner, e, until, kicks);
@@ -807,19 +871,18 @@ impl<E: Entity> RunQueues<E> {
         let hard = u.hard_mask.load(Ordering::Relaxed);
         // Where it stands among those it competes with: the virtual time of the system is that of
         // the unit served last, or of the first in line. What it did not use while it slept is
-        // forfeit but for a burst; what it owes it keeps owing, up to a turn.
-        let newest = bits(inner.busy & hard)
-            .filter_map(|b| inner.runs.get(b as usize))
-            .map(|r| (r.vt, r.rate))
-            .reduce(|a, b| if before(a.0, b.0) { b } else { a });
-        let first = inner.head(hard).map(|h| (h.vt, h.rate));
-        let level = match (newest, first) {
-            (Some(a), Some(b)) => Some(if before(a.0, b.0) { a } else { b }),
-            (a, b) => a.or(b),
-        };
+        // forfeit but for a burst; what it owes it keeps owing, up to a turn. Having been parked
+        // earns nothing: it does not even end the turn of one that has run meanwhile, or units of
+        // capped domains would crowd the begin of every period and leave its end empty.
+        let parked = why == Why::Unparked;
         let mut vt = u.vt();
-        if let Some((level, level_rate)) = level {
-            let floor = level.wrapping_sub(virtual_time(BURST, rate));
+        let from = u.take_level();
+        if let Some((level, level_rate)) = inner.level(hard, parked.then_some(now)) {
+            if let Some(from) = from {
+                vt = level.wrapping_add(vt.wrapping_sub(from));
+            }
+            let saved = if parked { 0 } else { virtual_time(BURST, rate) };
+            let floor = level.wrapping_sub(saved);
             let ceiling = level.wrapping_add(virtual_time(MAX_SLICE, rate + level_rate));
             if before(vt, floor) {
                 vt = floor;
@@ -829,8 +892,11 @@ impl<E: Entity> RunQueues<E> {
         }
         let want = self.queue_up(q, inner, e, vt, rate);
         q.publish_waiting(inner);
-        if !self.find_idle(at, &want, kicks) {
-            self.preempt(q, inner, &want, now, kicks);
+        match self.find_idle(at, &want, kicks) {
+            Found::Here => {}
+            // That CPU may find something else to steal.
+            Found::Elsewhere => self.watch(q, inner, &want, now, kicks),
+            Found::None => self.preempt(q, inner, &want, now, kicks),
         }
     }
 
@@ -864,17 +930,17 @@ impl<E: Entity> RunQueues<E> {
 
     /// Pokes an idle CPU that may run the unit, if there is one: of this queue, or else of another,
     /// which will then steal.
-    fn find_idle(&self, at: At<'_, E>, want: &Want, kicks: &mut CpuSet) -> bool {
+    fn find_idle(&self, at: At<'_, E>, want: &Want, kicks: &mut CpuSet) -> Found {
         let q = at.q;
         if q.idle.load(Ordering::Relaxed) & want.hard != 0 {
             let last = q.index_of(want.last).map_or(0, |b| 1u64 << b);
             if let Some(bit) = q.claim_idle(want.hard, want.soft, last) {
                 self.poke(q, bit, kicks);
-                return true;
+                return Found::Here;
             }
         }
         if self.queues.len() == 1 {
-            return false;
+            return Found::None;
         }
         // We have published that it waits; now see who idles. See `pick`.
         fence(Ordering::SeqCst);
@@ -883,15 +949,14 @@ impl<E: Entity> RunQueues<E> {
                 let hard = other.mask(&want.reach);
                 if let Some(bit) = other.claim_idle(hard, hard, 0) {
                     self.poke(other, bit, kicks);
-                    return true;
+                    return Found::Elsewhere;
                 }
             }
         }
-        false
+        Found::None
     }
 
-    /// Ends a turn for the sake of a unit that has been queued, if that is ahead; else sees to it
-    /// that some CPU that could run it will look at the queue again.
+    /// Ends a turn for the sake of a unit that has been queued, if that is ahead.
     fn preempt(
         &self,
         q: &Queue<E>,
@@ -901,45 +966,55 @@ impl<E: Entity> RunQueues<E> {
         kicks: &mut CpuSet,
     ) {
         let ratelimit = self.ratelimit();
-        let (mut victim, mut watched, mut alone): (Option<(u32, u64)>, bool, Option<(u32, u64)>) =
-            (None, false, None);
+        let end = |r: &Run| now.max(r.start.saturating_add(ratelimit));
         for among in [want.soft, want.hard & !want.soft] {
-            for b in bits(inner.busy & among) {
-                let Some(r) = inner.runs.get(b as usize) else {
-                    continue;
-                };
-                let vt = r.vt_at(now);
-                if r.slice_end == NEVER {
-                    if alone.is_none_or(|(_, most)| before(most, vt)) {
-                        alone = Some((b, vt));
-                    }
-                } else {
-                    watched = true;
-                }
-                // One whose turn is about to end is taken: by whoever is the reason for that.
-                let end = now.max(r.start.saturating_add(ratelimit));
-                if end < r.slice_end
-                    && before(want.vt, vt)
-                    && victim.is_none_or(|(_, most)| before(most, vt))
-                {
-                    victim = Some((b, vt));
-                }
-            }
-            if victim.is_some() {
-                break;
+            // One whose turn is about to end is taken: by whoever is the reason for that.
+            let most = bits(inner.busy & among)
+                .filter_map(|b| inner.runs.get(b as usize).map(|r| (b, r)))
+                .filter(|(_, r)| end(r) < r.slice_end)
+                .map(|(b, r)| (b, r.vt_at(now)))
+                .reduce(|a, b| if before(a.1, b.1) { b } else { a });
+            if let Some((bit, vt)) = most
+                && before(want.vt, vt)
+                && let Some(r) = inner.run(bit)
+            {
+                r.slice_end = end(r);
+                self.alert(q, inner, bit, kicks);
+                return;
             }
         }
-        let Some((bit, _)) = victim.or(alone.filter(|_| !watched)) else {
-            return;
-        };
+        self.watch(q, inner, want, now, kicks);
+    }
+
+    /// Sees to it that some CPU that could run a unit that has been queued looks at the queue again
+    /// by itself.
+    fn watch(&self, q: &Queue<E>, inner: &mut Inner<E>, want: &Want, now: u64, kicks: &mut CpuSet) {
+        let mut most: Option<(u32, u64)> = None;
+        for b in bits(inner.busy & want.hard) {
+            let Some(r) = inner.runs.get(b as usize) else {
+                continue;
+            };
+            if r.slice_end != NEVER {
+                return;
+            }
+            let vt = r.vt_at(now);
+            if most.is_none_or(|(_, m)| before(m, vt)) {
+                most = Some((b, vt));
+            }
+        }
         let (waiting, cpus) = (inner.ready.len(), q.cpus.len());
-        let Some(r) = inner.run(bit) else { return };
-        r.slice_end = if victim.is_some() {
-            now.max(r.start.saturating_add(ratelimit))
-        } else {
+        if let Some((bit, _)) = most
+            && let Some(r) = inner.run(bit)
+        {
             r.charge(now);
-            now + self.slice(waiting, cpus, r, want.vt, want.rate)
-        };
+            r.vt = near(r.vt, r.rate, want.vt, want.rate);
+            r.slice_end = now + self.slice(waiting, cpus, r, want.vt, want.rate);
+            self.alert(q, inner, bit, kicks);
+        }
+    }
+
+    /// Has a CPU take note of a changed end of its turn.
+    fn alert(&self, q: &Queue<E>, inner: &Inner<E>, bit: u32, kicks: &mut CpuSet) {
         self.publish(q, inner, bit);
         if let Some(id) = q.cpus.get(bit as usize) {
             kicks.insert(*id);
@@ -979,10 +1054,7 @@ impl<E: Entity> RunQueues<E> {
             let lead = virtual_time(self.quantum(waiting, cpus, r.rate, h.rate), r.rate);
             if before(h.vt.wrapping_add(lead), r.vt) {
                 r.slice_end = now.max(r.start.saturating_add(ratelimit));
-                self.publish(q, inner, b);
-                if let Some(id) = q.cpus.get(b as usize) {
-                    kicks.insert(*id);
-                }
+                self.alert(q, inner, b, kicks);
             }
         }
     }
@@ -1003,6 +1075,7 @@ impl<E: Entity> RunQueues<E> {
         u.set_running_on(Some(at.me));
         u.clock_start(now);
         inner.busy |= on;
+        let vt = inner.bring(on, vt, u.share.rate());
         let Some(run) = inner.run(bit) else { return };
         *run = Run {
             vt,
@@ -1057,7 +1130,7 @@ impl<E: Entity> RunQueues<E> {
         {
             let e = inner.parked.swap_remove(i).e;
             e.unit().set_state(State::Off);
-            self.enqueue(at, inner, e, kicks);
+            self.enqueue(at, inner, e, Why::Unparked, kicks);
         }
         let next = inner
             .parked
@@ -1090,17 +1163,62 @@ impl<E: Entity> RunQueues<E> {
             inner.ready.get(*i).is_some_and(|x| {
                 let u = x.e.unit();
                 let weight = u64::from(u.counted.load(Ordering::Relaxed));
-                per_cpu(load(to) + weight, to) < mine
+                // Clearly better, and not back at once.
+                per_cpu(load(to) + weight, to) < mine - mine / 32
+                    && at.now.saturating_sub(u.moved_at.load(Ordering::Relaxed)) > STAY
                     && to.mask(&u.hard.get().and(&u.soft.get())) != 0
             })
         })?;
-        let e = inner.ready.remove(i)?.e;
+        let Entry { hard, e, .. } = inner.ready.remove(i)?;
         let u = e.unit();
         u.set_state(State::Off);
+        u.set_level(inner.level(hard, None).map(|l| l.0));
+        u.moved_at.store(at.now, Ordering::Relaxed);
         at.q.uncount(u);
         at.q.publish_waiting(inner);
         self.assign(u, n);
         Some(e)
+    }
+
+    /// A CPU that was poked for the sake of one unit may have taken another. So whoever takes one
+    /// pokes an idle CPU for one that still waits, and that one goes on.
+    fn poke_for_waiting(&self, q: &Queue<E>, inner: &Inner<E>, kicks: &mut CpuSet) {
+        let idle = q.idle.load(Ordering::Relaxed);
+        if idle == 0 {
+            return;
+        }
+        let waits = inner.ready.iter().find(|e| e.hard & idle != 0);
+        if let Some(e) = waits
+            && let Some(bit) = q.claim_idle(e.hard, e.soft, 0)
+        {
+            self.poke(q, bit, kicks);
+        }
+    }
+
+    /// The same over all queues, after a CPU that was poked, perhaps from another queue, has taken
+    /// something, perhaps from another queue.
+    #[cold]
+    fn pass_on(&self, at: At<'_, E>, kicks: &mut CpuSet) {
+        for (n, q) in (0u32..).zip(self.queues.iter()) {
+            if q.waiting.load(Ordering::Relaxed) == 0 {
+                continue;
+            }
+            let inner = q.inner.lock();
+            let there = At { n, q, ..at };
+            for e in &inner.ready {
+                let want = Want {
+                    vt: e.vt,
+                    rate: e.rate,
+                    hard: e.hard,
+                    soft: e.soft,
+                    last: e.e.unit().last_cpu(),
+                    reach: e.e.unit().hard.get(),
+                };
+                if self.find_idle(there, &want, kicks) != Found::None {
+                    return;
+                }
+            }
+        }
     }
 
     /// Takes a unit that waits in another queue to run it here.
@@ -1131,6 +1249,7 @@ impl<E: Entity> RunQueues<E> {
                 continue;
             };
             let u = entry.e.unit();
+            let level = inner.level(entry.hard, None);
             from.publish_waiting(&inner);
             from.uncount(u);
             // From here on it runs, and belongs to our queue: whoever wants it kicks us.
@@ -1141,17 +1260,18 @@ impl<E: Entity> RunQueues<E> {
             let mut inner = at.q.inner.lock();
             at.q.idle.fetch_and(!(1 << bit), Ordering::SeqCst);
             at.q.count(u);
-            let head = inner.head(1 << bit);
-            let vt = head.map_or(entry.vt, |h| near(entry.vt, entry.rate, h.vt, h.rate));
+            // It keeps its distance from those it competed with.
+            let vt = match (
+                level,
+                inner.level(u.hard_mask.load(Ordering::Relaxed), None),
+            ) {
+                (Some(there), Some(here)) => here.0.wrapping_add(entry.vt.wrapping_sub(there.0)),
+                _ => entry.vt,
+            };
             self.start(at, &mut inner, bit, &entry.e, vt, grant, kicks);
-            // Whoever was queued here meanwhile and poked us has to look for another CPU; and so has
-            // what still waits there.
-            if head.is_some() || from.waiting.load(Ordering::Relaxed) != 0 {
-                let all = at.q.idle.load(Ordering::Relaxed);
-                if let Some(other) = at.q.claim_idle(all, all, 0) {
-                    self.poke(at.q, other, kicks);
-                }
-            }
+            self.poke_for_waiting(at.q, &inner, kicks);
+            drop(inner);
+            self.pass_on(at, kicks);
             return Some(entry.e);
         }
         None
@@ -1161,6 +1281,25 @@ impl<E: Entity> RunQueues<E> {
 /// No CPU of the machine is in the affinity asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct NoCpu;
+
+/// Where an idle CPU has been poked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Found {
+    Here,
+    Elsewhere,
+    None,
+}
+
+/// Why a unit that was off is queued.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Why {
+    /// It has become runnable.
+    Woke,
+    /// It comes from another queue, or has a new affinity.
+    Moved,
+    /// Its domain may run again.
+    Unparked,
+}
 
 /// Which queue is worked on, by which CPU, when.
 struct At<'a, E> {
@@ -1229,13 +1368,20 @@ fn real_time(vt: u64, rate: u64) -> u64 {
     }
 }
 
-/// `vt` brought so close to that of a competitor as the turns of both can part them.
+/// How far the turns of two competitors can part them.
+#[inline]
+fn distance(rate: u64, other_rate: u64) -> u64 {
+    virtual_time(MAX_SLICE + BURST, rate + other_rate)
+}
+
+/// `vt` brought within the distance of that of a competitor.
 fn near(vt: u64, rate: u64, other: u64, other_rate: u64) -> u64 {
-    let bound = virtual_time(MAX_SLICE + BURST, rate + other_rate);
-    if before(vt, other.wrapping_sub(bound)) {
-        other.wrapping_sub(bound)
-    } else if before(other.wrapping_add(bound), vt) {
-        other.wrapping_add(bound)
+    let distance = distance(rate, other_rate);
+    let (floor, ceiling) = (other.wrapping_sub(distance), other.wrapping_add(distance));
+    if before(vt, floor) {
+        floor
+    } else if before(ceiling, vt) {
+        ceiling
     } else {
         vt
     }

@@ -152,7 +152,7 @@ impl Scheduler {
         }
         d.share.set(weight, cap);
         for v in d.vcpus() {
-            kick(hv, self.0.reconsider(v));
+            kick(hv, self.0.reconsider(v, hv.hw.cpu(), hv.hw.now_ns()));
         }
         Ok(())
     }

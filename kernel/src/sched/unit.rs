@@ -49,6 +49,11 @@ pub struct SchedUnit {
     state: AtomicU8,
     /// (queue) Virtual time; while it runs, the CPU's run record is ahead of this.
     vt: AtomicU64,
+    /// (queue) While it is given to another queue: the virtual time of its competitors in the old.
+    level: AtomicU64,
+    has_level: AtomicBool,
+    /// (queue) When it was last given to another queue.
+    pub(super) moved_at: AtomicU64,
     /// (queue) Weight by which it counts in the queue's load, 0 if it does not.
     pub(super) counted: AtomicU32,
     /// (queue) Its hard affinity among the CPUs of its queue.
@@ -73,6 +78,9 @@ impl SchedUnit {
             gone: AtomicBool::new(false),
             state: AtomicU8::new(State::Off as u8),
             vt: AtomicU64::new(0),
+            level: AtomicU64::new(0),
+            has_level: AtomicBool::new(false),
+            moved_at: AtomicU64::new(0),
             counted: AtomicU32::new(0),
             hard_mask: AtomicU64::new(0),
             soft_mask: AtomicU64::new(0),
@@ -151,6 +159,19 @@ impl SchedUnit {
 
     pub(super) fn set_vt(&self, vt: u64) {
         self.vt.store(vt, Ordering::Relaxed);
+    }
+
+    pub(super) fn set_level(&self, level: Option<u64>) {
+        self.level.store(level.unwrap_or(0), Ordering::Relaxed);
+        self.has_level.store(level.is_some(), Ordering::Relaxed);
+    }
+
+    pub(super) fn take_level(&self) -> Option<u64> {
+        if !self.has_level.load(Ordering::Relaxed) {
+            return None;
+        }
+        self.has_level.store(false, Ordering::Relaxed);
+        Some(self.level.load(Ordering::Relaxed))
     }
 
     pub(super) fn clock_start(&self, now: u64) {

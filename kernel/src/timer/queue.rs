@@ -202,6 +202,9 @@ fn take<E: Timed>(heap: &mut Vec<Entry<E>>, place: usize) -> Option<E> {
 
 /// Moves the entry at `place` up or down to where it belongs, and tells all it meets where they are.
 fn settle<E: Timed>(heap: &mut [Entry<E>], mut place: usize) {
+    if place >= heap.len() {
+        return;
+    }
     let at = |heap: &[Entry<E>], i: usize| heap.get(i).map(|e| e.at);
     while place > 0 && at(heap, place) < at(heap, (place - 1) / 2) {
         let parent = (place - 1) / 2;

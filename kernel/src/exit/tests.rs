@@ -1,0 +1,923 @@
+//! Exits as a guest sees them: a vCPU stands before an instruction in its memory, the exit is
+//! handled, and the registers, memory and pending event are looked at.
+
+use core::sync::atomic::Ordering;
+use std::boxed::Box;
+
+use galvan_base::exit::{Exit, NestedFault, Pio};
+use galvan_base::hw::{CpuId, HostIrq, IoApicInfo};
+use galvan_base::state::{
+    ArchState, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, Event, Seg,
+};
+use galvan_base::testing::{FakeMachine, FakeVcpu};
+use galvan_base::{Gfn, Gpa, Mpa, PageOrder};
+use galvan_devices::vlapic::{ApicAddress, MMIO_BASE};
+
+use super::*;
+use crate::cpu_policy::{HostPolicy, Setup, Virt};
+use crate::emulate::Flags;
+use crate::p2m::P2mType;
+use crate::testing::{World, config};
+use crate::vcpu::{block, request};
+
+/// Where the code is, linear and physical.
+const CODE: u64 = 0x8000;
+const DATA: u64 = 0xa000;
+/// Nobody is there.
+const HOLE: u64 = 0xe000_0000;
+const PML4: u64 = 0x1000;
+/// Leaf entries of 4 KiB for the first 2 MiB.
+const LOW_TABLE: u64 = 0x4000;
+const PRESENT: u64 = 1;
+const WRITE: u64 = 2;
+const USER: u64 = 4;
+const LARGE: u64 = 0x80;
+const NX: u64 = 1 << 63;
+
+const X2_TPR: u32 = 0x808;
+const X2_EOI: u32 = 0x80b;
+const X2_ICR: u32 = 0x830;
+const APIC_BASE: u32 = 0x1b;
+
+fn machine() -> &'static FakeMachine {
+    let m = FakeMachine::new(8).with_ioapics(std::vec![IoApicInfo {
+        id: 0,
+        base: Mpa::new_truncate(0xfec0_0000),
+        gsi_base: 0,
+        pins: 24,
+    }]);
+    m.set_cpuid(0, 0, [0xd, 0x6874_7541, 0x444d_4163, 0x6974_6e65]);
+    m.set_cpuid(1, 0, [0x00a0_0f10, 0, 0x0620_1203, 0x178b_fbff]);
+    m.set_cpuid(0xd, 0, [7, 0x340, 0x340, 0]);
+    m.set_cpuid(0xd, 2, [0x100, 0x240, 0, 0]);
+    m.set_cpuid(0x8000_0000, 0, [0x8000_0008, 0, 0, 0]);
+    m.set_cpuid(0x8000_0001, 0, [0, 0, 1, 0x2c10_0800]);
+    m.set_cpuid(0x8000_0008, 0, [0x3028, 0, 0, 0]);
+    Box::leak(Box::new(m))
+}
+
+/// dom0 and d1 with two vCPUs each; those of d1 in 64-bit mode, in the kernel, at [`CODE`], with the
+/// first 2 MiB mapped by small pages and 4 GiB in all, linear = physical.
+struct Setting {
+    w: World,
+}
+
+impl Setting {
+    fn new() -> Setting {
+        let machine = machine();
+        let w = World::on(machine, 2, |d| config(d == 0, 2));
+        for dom in 0..2 {
+            w.put(dom, PML4, &(0x2000 | PRESENT | WRITE | USER));
+            w.put(dom, 0x2000, &(0x3000 | PRESENT | WRITE | USER));
+            for n in 1..4u64 {
+                w.put(
+                    dom,
+                    0x2000 + n * 8,
+                    &(n << 30 | LARGE | PRESENT | WRITE | USER),
+                );
+            }
+            w.put(dom, 0x3000, &(LOW_TABLE | PRESENT | WRITE | USER));
+            for n in 0..512u64 {
+                w.put(dom, LOW_TABLE + n * 8, &(n << 12 | PRESENT | WRITE | USER));
+            }
+            for vcpu in 0..2 {
+                w.with_cx(dom, vcpu, |cx| cx.st.hw.set_state(&long_mode()));
+            }
+        }
+        let virt = Virt::XSAVE | Virt::TSC_ADJUST | Virt::TSC_AUX;
+        let host = HostPolicy::new(
+            &mut |leaf, sub| galvan_base::Platform::cpuid(machine, leaf, sub),
+            Default::default(),
+            &Setup {
+                virt,
+                ..Setup::new(0x40014)
+            },
+        );
+        *w.dom(1).cpu_policy.write() = host.default_for(false, 2);
+        Setting { w }
+    }
+
+    fn hw(&self, dom: u16, vcpu: u32) -> FakeVcpu {
+        self.w.machine.vcpus()[usize::from(dom) * 2 + vcpu as usize].clone()
+    }
+
+    /// vCPU 0 of d1 stands before this code.
+    fn code(&self, bytes: &[u8]) {
+        self.code_at(CODE, bytes);
+    }
+
+    fn code_at(&self, at: u64, bytes: &[u8]) {
+        for (i, b) in bytes.iter().enumerate() {
+            self.w.put(1, at + i as u64, b);
+        }
+        self.hw(1, 0).with_state(|s| s.rip = at);
+    }
+
+    fn exit(&self, e: Exit) -> Next {
+        self.w.with_cx(1, 0, |cx| handle(cx, e))
+    }
+
+    fn rip(&self) -> u64 {
+        self.hw(1, 0).with_state(|s| s.rip)
+    }
+
+    fn reg(&self, n: u8) -> u64 {
+        self.w.with_cx(1, 0, |cx| cx.st.regs.get(n))
+    }
+
+    fn set_reg(&self, n: u8, v: u64) {
+        self.w.with_cx(1, 0, |cx| *cx.st.regs.get_mut(n) = v);
+    }
+
+    /// The event that was injected.
+    fn event(&self) -> Option<Event> {
+        let e = self.hw(1, 0).waiting();
+        let s = self.hw(1, 0).with_state(|s| s.clone());
+        self.w.with_cx(1, 0, |cx| cx.st.hw.set_state(&s));
+        e
+    }
+
+    fn rdmsr(&self, index: u32) -> Result<u64, Event> {
+        self.code(&[0x0f, 0x32]);
+        self.set_reg(RCX, index.into());
+        assert_eq!(self.exit(Exit::MsrRead(0)), Next::Resume);
+        match self.event() {
+            Some(e) => {
+                assert_eq!(self.rip(), CODE);
+                Err(e)
+            }
+            None => {
+                assert_eq!(self.rip(), CODE + 2);
+                Ok(self.reg(RDX) << 32 | self.reg(RAX))
+            }
+        }
+    }
+
+    fn wrmsr(&self, index: u32, v: u64) -> Result<(), Event> {
+        self.code(&[0x0f, 0x30]);
+        self.set_reg(RCX, index.into());
+        self.set_reg(RAX, v & 0xffff_ffff | 0xdead << 32);
+        self.set_reg(RDX, v >> 32);
+        assert_eq!(self.exit(Exit::MsrWrite(0)), Next::Resume);
+        self.event().map_or(Ok(()), Err)
+    }
+
+    fn fault(&self, gpa: u64, write: bool) -> Next {
+        self.exit(Exit::NestedFault(access(gpa, write)))
+    }
+
+    fn x2apic(&self) {
+        assert_eq!(self.wrmsr(APIC_BASE, 0xfee0_0d00), Ok(()));
+        assert_eq!(self.wrmsr(0x80f, 0x1ff), Ok(()));
+    }
+
+    /// Lets vCPU 1 of d1 be found by others as vCPU 0 is.
+    fn other_x2apic(&self) {
+        self.w.with_cx(1, 1, |cx| {
+            apic::wrmsr(cx, APIC_BASE, 0xfee0_0c00).unwrap();
+            apic::wrmsr(cx, 0x80f, 0x1ff).unwrap();
+        });
+    }
+}
+
+fn long_mode() -> ArchState {
+    let mut s = ArchState::at_pvh_entry(CODE as u32);
+    s.cr0 |= CR0_PG | CR0_PE | galvan_base::state::CR0_WP;
+    s.cr3 = PML4;
+    s.cr4 = CR4_PAE;
+    s.efer = EFER_LME | EFER_LMA | EFER_NXE;
+    s.seg[Seg::Cs as usize].attr = 0xa9b;
+    s
+}
+
+fn access(gpa: u64, write: bool) -> NestedFault {
+    NestedFault {
+        gpa: Gpa::new_truncate(gpa),
+        write,
+        fetch: false,
+        present: false,
+        walk: false,
+        insn: [0; 15],
+        insn_len: 0,
+    }
+}
+
+fn port(port: u16, size: u8, input: bool) -> Pio {
+    Pio {
+        port,
+        size,
+        input,
+        string: false,
+        rep: false,
+        len: 1,
+    }
+}
+
+const RAX: u8 = 0;
+const RCX: u8 = 1;
+const RDX: u8 = 2;
+const RBX: u8 = 3;
+const RSI: u8 = 6;
+const RDI: u8 = 7;
+const GP: Event = Event::GP;
+
+// ---- lengths
+
+#[test]
+fn an_instruction_without_a_given_length_is_measured_in_memory() {
+    let s = Setting::new();
+    for code in [
+        &[0x0f, 0xa2][..],
+        &[0x48, 0x0f, 0xa2],
+        &[0x66, 0x2e, 0xf3, 0x4f, 0x0f, 0xa2],
+    ] {
+        s.code(code);
+        assert_eq!(s.exit(Exit::Cpuid(0)), Next::Resume);
+        assert_eq!(s.rip(), CODE + code.len() as u64);
+    }
+    // Where the processor tells it, memory is not looked at.
+    s.code(&[0x90]);
+    assert_eq!(s.exit(Exit::Cpuid(7)), Next::Resume);
+    assert_eq!(s.rip(), CODE + 7);
+}
+
+#[test]
+fn code_that_was_changed_is_executed_again() {
+    let s = Setting::new();
+    s.code(&[0xf4]);
+    assert_eq!(s.exit(Exit::Hlt(0)), Next::Resume);
+    assert_eq!(s.rip(), CODE + 1);
+    // It is in the cache now, but the bytes are others.
+    s.code(&[0x90]);
+    s.w.with_cx(1, 0, |cx| cx.st.halted = false);
+    assert_eq!(s.exit(Exit::Hlt(0)), Next::Resume);
+    assert_eq!((s.rip(), s.event()), (CODE, None));
+    assert!(!s.w.with_cx(1, 0, |cx| cx.st.halted));
+    // A longer form of the same instruction.
+    s.code(&[0x2e, 0xf4]);
+    let _ = s.exit(Exit::Hlt(0));
+    assert_eq!(s.rip(), CODE + 2);
+}
+
+#[test]
+fn a_length_is_forgotten_when_the_frame_is_taken() {
+    let s = Setting::new();
+    s.code(&[0xf4]);
+    let _ = s.exit(Exit::Hlt(0));
+    let gfn = Gfn::new_truncate(CODE >> 12);
+    let mut c = s.w.dom(1).p2m.changes();
+    c.remove_one(gfn).unwrap();
+    s.w.dom(1).finish(s.w.hv, c);
+    s.w.add_frame(s.w.dom(1), gfn);
+    s.code(&[0x2e, 0xf4]);
+    let _ = s.exit(Exit::Hlt(0));
+    assert_eq!(s.rip(), CODE + 2);
+}
+
+#[test]
+fn an_instruction_may_cross_a_page() {
+    let s = Setting::new();
+    s.code_at(CODE + 0xfff, &[0x0f, 0xa2]);
+    let _ = s.exit(Exit::Cpuid(0));
+    assert_eq!(s.rip(), CODE + 0x1001);
+    // If it does not, the next page does not matter.
+    s.w.put(1, LOW_TABLE + 9 * 8, &0u64);
+    s.code_at(CODE + 0xffe, &[0x0f, 0xa2]);
+    let _ = s.exit(Exit::Cpuid(0));
+    assert_eq!((s.rip(), s.event()), (CODE + 0x1000, None));
+}
+
+#[test]
+fn code_that_cannot_be_fetched_faults() {
+    let s = Setting::new();
+    s.code(&[0x0f, 0xa2]);
+    s.w.put(1, LOW_TABLE + 8 * 8, &(CODE | PRESENT | NX));
+    let _ = s.exit(Exit::Cpuid(0));
+    assert_eq!(s.event(), Some(Event::page_fault(0x11)));
+    assert_eq!(s.hw(1, 0).with_state(|s| s.cr2), CODE);
+    assert_eq!(s.rip(), CODE);
+}
+
+#[test]
+fn the_instruction_pointer_wraps_in_narrow_segments() {
+    let s = Setting::new();
+    s.hw(1, 0).with_state(|st| {
+        st.seg[Seg::Cs as usize].attr = 0x9b;
+        st.rip = 0xffff;
+    });
+    s.w.with_cx(1, 0, |cx| insn::advance(cx, 2));
+    assert_eq!(s.rip(), 1);
+    s.hw(1, 0).with_state(|st| {
+        st.seg[Seg::Cs as usize].attr = 0xc9b;
+        st.rip = 0xffff_ffff;
+    });
+    s.w.with_cx(1, 0, |cx| insn::advance(cx, 2));
+    assert_eq!(s.rip(), 1);
+}
+
+#[test]
+fn single_stepping_over_an_emulated_instruction_traps() {
+    let s = Setting::new();
+    s.code(&[0x0f, 0xa2]);
+    s.hw(1, 0).with_state(|st| {
+        st.rflags |= Flags::TF | Flags::RF;
+        st.shadow = true;
+    });
+    let _ = s.exit(Exit::Cpuid(0));
+    s.hw(1, 0).with_state(|st| {
+        assert_eq!(st.dr6 & 1 << 14, 1 << 14);
+        assert_eq!(st.rflags & Flags::RF, 0);
+        assert!(!st.shadow);
+    });
+    assert_eq!(s.event(), Some(Event::Exception(1, None)));
+    assert_eq!(s.rip(), CODE + 2);
+}
+
+// ---- CPUID, MSRs
+
+#[test]
+fn cpuid_fills_whole_registers() {
+    let s = Setting::new();
+    s.code(&[0x0f, 0xa2]);
+    for n in [RAX, RCX, RDX, RBX] {
+        s.set_reg(n, !0 << 32);
+    }
+    let _ = s.exit(Exit::Cpuid(2));
+    assert_eq!(s.reg(RBX), 0x6874_7541);
+    assert_eq!(s.reg(RDX), 0x6974_6e65);
+    s.set_reg(RAX, 0x4000_0004);
+    s.set_reg(RCX, 0);
+    let _ = s.exit(Exit::Cpuid(2));
+    assert_eq!((s.reg(RBX), s.reg(RCX)), (0, 1));
+}
+
+#[test]
+fn an_unknown_msr_faults() {
+    let s = Setting::new();
+    assert_eq!(s.rdmsr(0xdead), Err(GP));
+    assert_eq!(s.wrmsr(0xdead, 0), Err(GP));
+}
+
+#[test]
+fn efer_keeps_lma_and_refuses_what_the_guest_has_not() {
+    let s = Setting::new();
+    let efer = 0xc000_0080;
+    assert_eq!(s.wrmsr(efer, EFER_LME | EFER_NXE | 1), Ok(()));
+    assert_eq!(s.rdmsr(efer), Ok(EFER_LME | EFER_LMA | EFER_NXE | 1));
+    // SVME.
+    assert_eq!(s.wrmsr(efer, EFER_LME | 1 << 12), Err(GP));
+    // Long mode cannot be left with paging on.
+    assert_eq!(s.wrmsr(efer, 0), Err(GP));
+    s.hw(1, 0).with_state(|st| {
+        st.cr0 &= !CR0_PG;
+        st.efer &= !EFER_LMA;
+        st.seg[Seg::Cs as usize].attr = 0xc9b;
+    });
+    assert_eq!(s.wrmsr(efer, 0), Ok(()));
+    assert_eq!(s.rdmsr(efer), Ok(0));
+}
+
+#[test]
+fn mtrrs_are_remembered_and_start_as_write_back() {
+    let s = Setting::new();
+    assert_eq!(s.rdmsr(0xfe), Ok(0x508));
+    assert_eq!(s.rdmsr(0x2ff), Ok(0x806));
+    assert_eq!(s.wrmsr(0x200, 0xc000_0000), Ok(()));
+    assert_eq!(s.rdmsr(0x200), Ok(0xc000_0000));
+    assert_eq!(s.wrmsr(0x200, 2), Err(GP));
+    assert_eq!(s.wrmsr(0xfe, 0), Err(GP));
+}
+
+#[test]
+fn the_processors_msrs_are_the_guests() {
+    let s = Setting::new();
+    assert_eq!(s.wrmsr(0x174, 0x10), Ok(()));
+    assert_eq!(s.hw(1, 0).with_state(|st| st.sysenter[0]), 0x10);
+    assert_eq!(s.rdmsr(0x277), Ok(0x0007_0406_0007_0406));
+    assert_eq!(s.wrmsr(0x277, 2), Err(GP));
+}
+
+#[test]
+fn a_write_of_the_tsc_moves_it_and_shows_in_tsc_adjust() {
+    let s = Setting::new();
+    s.w.machine.set_now_ns(5_000);
+    let host = galvan_base::Platform::tsc(s.w.machine);
+    assert_eq!(s.wrmsr(0x10, host + 1000), Ok(()));
+    assert_eq!(s.rdmsr(0x10), Ok(host + 1000));
+    assert_eq!(s.hw(1, 0).tsc_offset(), 1000);
+    assert_eq!(s.rdmsr(0x3b), Ok(1000));
+    assert_eq!(s.wrmsr(0x3b, 0), Ok(()));
+    assert_eq!(s.rdmsr(0x10), Ok(host));
+}
+
+#[test]
+fn the_hypercall_page_calls_by_the_vendors_instruction() {
+    let s = Setting::new();
+    assert_eq!(s.wrmsr(0x4000_0000, DATA), Ok(()));
+    let entry: [u8; 9] = s.w.get(1, DATA + 17 * 32);
+    assert_eq!(entry, [0xb8, 17, 0, 0, 0, 0x0f, 0x01, 0xd9, 0xc3]);
+    let iret: [u8; 2] = s.w.get(1, DATA + 23 * 32);
+    assert_eq!(iret, [0x0f, 0x0b]);
+    assert_eq!(s.rdmsr(0x4000_0000), Ok(0));
+    // There is one page, and it is RAM.
+    assert_eq!(s.wrmsr(0x4000_0000, DATA | 1), Err(GP));
+    assert_eq!(s.wrmsr(0x4000_0000, HOLE), Err(GP));
+}
+
+#[test]
+fn xsetbv_takes_what_the_guest_may_enable() {
+    let s = Setting::new();
+    let xsetbv = |value: u64| {
+        s.code(&[0x0f, 0x01, 0xd1]);
+        s.set_reg(RAX, value);
+        s.set_reg(RDX, value >> 32);
+        let _ = s.exit(Exit::Xsetbv(0));
+        s.event()
+    };
+    s.set_reg(RCX, 0);
+    assert_eq!(xsetbv(7), Some(Event::UD));
+    s.hw(1, 0).with_state(|st| st.cr4 |= 1 << 18);
+    assert_eq!(xsetbv(7), None);
+    assert_eq!(s.w.with_cx(1, 0, |cx| cx.st.hw.xcr0()), 7);
+    for bad in [0, 2, 5, 7 | 1 << 9, 7 | 1 << 63] {
+        assert_eq!(xsetbv(bad), Some(GP), "{bad:#x}");
+    }
+    s.set_reg(RCX, 1);
+    assert_eq!(xsetbv(7), Some(GP));
+    s.set_reg(RCX, 0);
+    s.hw(1, 0)
+        .with_state(|st| st.seg[Seg::Ss as usize].attr |= 3 << 5);
+    assert_eq!(xsetbv(7), Some(GP));
+}
+
+// ---- the local APIC
+
+#[test]
+fn tpr_and_cr8_are_one_register() {
+    let s = Setting::new();
+    s.x2apic();
+    assert_eq!(s.wrmsr(X2_TPR, 0x5f), Ok(()));
+    assert_eq!(s.w.with_cx(1, 0, |cx| cx.st.hw.tpr()), 5);
+    s.w.with_cx(1, 0, |cx| cx.st.hw.set_tpr(9));
+    assert_eq!(s.rdmsr(X2_TPR), Ok(0x90));
+}
+
+#[test]
+fn switching_to_x2apic_is_published() {
+    let s = Setting::new();
+    s.x2apic();
+    let view = s.w.vcpu(1, 0).apic_view.load(Ordering::Relaxed);
+    let logical = galvan_devices::interrupt::Destination {
+        id: 1,
+        logical: true,
+    };
+    assert!(ApicAddress::from_bits(view).matches(logical));
+    assert!(ApicAddress::from_bits(view).accepts_vectors());
+}
+
+#[test]
+fn an_ipi_reaches_the_vcpus_it_names() {
+    let s = Setting::new();
+    s.x2apic();
+    s.other_x2apic();
+    let other = s.w.vcpu(1, 1).clone();
+    let posted = |v: u8| {
+        let word = other.posted[usize::from(v >> 6)].swap(0, Ordering::SeqCst);
+        word >> (v & 63) & 1 != 0
+    };
+    let mine = |v: u8| {
+        s.w.with_cx(1, 0, |cx| {
+            let found = cx.st.lapic.highest_pending() == Some(v);
+            if found {
+                cx.st.lapic.accept(v);
+                cx.st.lapic.eoi();
+            }
+            found
+        })
+    };
+    // Physical, to APIC id 2; the sender has 0.
+    assert_eq!(s.wrmsr(X2_ICR, 2 << 32 | 0xf1), Ok(()));
+    assert_eq!((mine(0xf1), posted(0xf1)), (false, true));
+    assert_eq!(s.wrmsr(X2_ICR, 0xf1), Ok(()));
+    assert_eq!((mine(0xf1), posted(0xf1)), (true, false));
+    // All but the sender, and all.
+    assert_eq!(s.wrmsr(X2_ICR, 3 << 18 | 0xf2), Ok(()));
+    assert_eq!((mine(0xf2), posted(0xf2)), (false, true));
+    assert_eq!(s.wrmsr(X2_ICR, 2 << 18 | 0xf2), Ok(()));
+    assert_eq!((mine(0xf2), posted(0xf2)), (true, true));
+    // Lowest priority reaches one of them.
+    assert_eq!(s.wrmsr(X2_ICR, 0xffff_ffff << 32 | 1 << 8 | 0xf3), Ok(()));
+    assert_eq!((mine(0xf3), posted(0xf3)), (false, true));
+    assert_eq!(s.wrmsr(X2_ICR, 2 << 32 | 4 << 8), Ok(()));
+    assert_eq!(other.requests.load(Ordering::SeqCst), request::NMI);
+}
+
+#[test]
+fn init_and_sipi_start_a_vcpu_at_its_page() {
+    let s = Setting::new();
+    s.x2apic();
+    let other = s.w.vcpu(1, 1).clone();
+    other.blocked.fetch_or(block::DOWN, Ordering::SeqCst);
+    // What kernels write to start the processor with APIC id 2.
+    assert_eq!(s.wrmsr(X2_ICR, 0x2_0000_c500), Ok(()));
+    assert_eq!(s.wrmsr(X2_ICR, 0x2_0000_8500), Ok(()));
+    assert!(!other.is_up());
+    assert_eq!(s.wrmsr(X2_ICR, 0x2_0000_8600 | 0x9a), Ok(()));
+    assert!(other.is_up());
+    s.w.with_cx(1, 1, crate::run::serve_requests);
+    assert!(other.is_up());
+    s.hw(1, 1).with_state(|st| {
+        assert_eq!(st.seg[Seg::Cs as usize].base + st.rip, 0x9a000);
+        assert_eq!(st.cr0 & CR0_PG, 0);
+    });
+    // To a vCPU that runs a start-up IPI means nothing.
+    assert_eq!(s.wrmsr(X2_ICR, 0x2_0000_8600 | 0x9b), Ok(()));
+    assert_eq!(other.requests.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn init_lowers_the_task_priority() {
+    let s = Setting::new();
+    s.w.with_cx(1, 1, |cx| {
+        apic::wrmsr(cx, APIC_BASE, 0xfee0_0c00).unwrap();
+        apic::wrmsr(cx, X2_TPR, 0xf0).unwrap();
+        apic::init(cx);
+        assert_eq!((cx.st.hw.tpr(), cx.st.lapic.cr8()), (0, 0));
+    });
+}
+
+#[test]
+fn the_end_of_a_level_interrupt_reaches_the_machine() {
+    let s = Setting::new();
+    let w = &s.w;
+    let io = |cx: &mut Cx<'_>, index: u32, v: u32| {
+        let h = cx.dom.hardware.as_ref().unwrap();
+        let at = |o: u64| Gpa::new_truncate(0xfec0_0000 + o);
+        h.mmio_write(cx.hv, cx.dom, at(0), 4, index.into());
+        h.mmio_write(cx.hv, cx.dom, at(0x10), 4, v.into());
+    };
+    w.with_cx(0, 0, |cx| {
+        apic::wrmsr(cx, APIC_BASE, 0xfee0_0d00).unwrap();
+        apic::wrmsr(cx, 0x80f, 0x1ff).unwrap();
+        // Pin 9: level, vector 0x41, to APIC id 0.
+        io(cx, 0x10 + 19, 0);
+        io(cx, 0x10 + 18, 1 << 15 | 0x41);
+    });
+    crate::irq::host_interrupt(w.hv, HostIrq::Gsi(9));
+    w.with_cx(0, 0, |cx| {
+        crate::run::serve_requests(cx);
+        assert_eq!(cx.st.lapic.highest_pending(), Some(0x41));
+        cx.st.lapic.accept(0x41);
+        assert_eq!(w.machine.gsi(9).map(|r| r.eois), Some(0));
+        apic::wrmsr(cx, X2_EOI, 0).unwrap();
+    });
+    let route = w.machine.gsi(9).unwrap();
+    assert_eq!((route.eois, route.level), (1, true));
+    assert!(route.cpu < CpuId(galvan_base::Platform::cpus(w.machine)));
+}
+
+#[test]
+fn the_timer_fires_at_the_deadline_it_gave() {
+    let s = Setting::new();
+    s.x2apic();
+    s.w.machine.set_now_ns(1_000_000);
+    assert_eq!(s.wrmsr(0x832, 0x20031), Ok(()));
+    assert_eq!(s.wrmsr(0x83e, 0xb), Ok(()));
+    assert_eq!(s.wrmsr(0x838, 50_000), Ok(()));
+    s.w.with_cx(1, 0, |cx| {
+        let at = apic::deadline(cx.st, cx.hv).unwrap();
+        assert_eq!(at, 1_500_000);
+        apic::tick(cx, at - 1);
+        assert_eq!(cx.st.lapic.highest_pending(), None);
+        apic::tick(cx, at);
+        assert_eq!(cx.st.lapic.highest_pending(), Some(0x31));
+        assert_eq!(apic::deadline(cx.st, cx.hv), Some(2_000_000));
+    });
+}
+
+// ---- memory
+
+#[test]
+fn where_there_is_nothing_reads_give_ones_and_writes_are_lost() {
+    let s = Setting::new();
+    s.set_reg(RBX, HOLE + 8);
+    for (code, want) in [
+        (&[0x8a, 0x03][..], 0x1234_5678_9abc_deff),
+        (&[0x66, 0x8b, 0x03], 0x1234_5678_9abc_ffff),
+        (&[0x8b, 0x03], 0xffff_ffff),
+        (&[0x48, 0x8b, 0x03], !0),
+        (&[0x0f, 0xb6, 0x03], 0xff),
+        (&[0x48, 0x0f, 0xbe, 0x03], !0),
+    ] {
+        s.code(code);
+        s.set_reg(RAX, 0x1234_5678_9abc_def0);
+        assert_eq!(s.fault(HOLE + 8, false), Next::Resume);
+        assert_eq!((s.reg(RAX), s.event()), (want, None), "{code:x?}");
+        assert_eq!(s.rip(), CODE + code.len() as u64);
+    }
+    s.code(&[0x89, 0x03]);
+    assert_eq!(s.fault(HOLE + 8, true), Next::Resume);
+    assert_eq!(s.rip(), CODE + 2);
+}
+
+#[test]
+fn the_bytes_that_the_processor_gives_are_used() {
+    let s = Setting::new();
+    // Memory says otherwise.
+    s.code(&[0xcc; 4]);
+    s.set_reg(RBX, HOLE);
+    let mut f = access(HOLE, false);
+    f.insn[..2].copy_from_slice(&[0x8b, 0x03]);
+    f.insn_len = 15;
+    assert_eq!(s.exit(Exit::NestedFault(f)), Next::Resume);
+    assert_eq!((s.reg(RAX), s.rip()), (0xffff_ffff, CODE + 2));
+    // Too few of them: the rest comes from memory.
+    s.code(&[0x8b, 0x83, 4, 0, 0, 0]);
+    f.gpa = Gpa::new_truncate(HOLE + 4);
+    f.insn[..2].copy_from_slice(&[0x8b, 0x83]);
+    f.insn_len = 2;
+    assert_eq!(s.exit(Exit::NestedFault(f)), Next::Resume);
+    assert_eq!(s.rip(), CODE + 6);
+}
+
+#[test]
+fn the_apic_page_answers_in_xapic_mode_only() {
+    let s = Setting::new();
+    let version = || {
+        s.code(&[0x8b, 0x03]);
+        s.set_reg(RBX, MMIO_BASE + 0x30);
+        assert_eq!(s.fault(MMIO_BASE + 0x30, false), Next::Resume);
+        s.reg(RAX)
+    };
+    assert_eq!(version(), 0x50014);
+    // TPR by the page is CR8.
+    s.code(&[0xc7, 0x03, 0x70, 0, 0, 0]);
+    s.set_reg(RBX, MMIO_BASE + 0x80);
+    assert_eq!(s.fault(MMIO_BASE + 0x80, true), Next::Resume);
+    assert_eq!(s.w.with_cx(1, 0, |cx| cx.st.hw.tpr()), 7);
+    s.x2apic();
+    assert_eq!(version(), 0xffff_ffff);
+}
+
+#[test]
+fn the_hardware_domain_has_its_io_apic() {
+    let s = Setting::new();
+    s.hw(0, 0).with_state(|st| st.rip = CODE);
+    s.w.put(0, CODE, &[0x89u8, 0x0b]);
+    s.w.with_cx(0, 0, |cx| {
+        (cx.st.regs.rbx, cx.st.regs.rcx) = (0xfec0_0000, 1);
+        let f = Exit::NestedFault(access(0xfec0_0000, true));
+        assert_eq!(handle(cx, f), Next::Resume);
+    });
+    s.w.put(0, CODE + 2, &[0x8bu8, 0x43, 0x10]);
+    s.w.with_cx(0, 0, |cx| {
+        let f = Exit::NestedFault(access(0xfec0_0010, false));
+        assert_eq!(handle(cx, f), Next::Resume);
+        assert_eq!(cx.st.regs.rax, 23 << 16 | 0x11);
+    });
+    // Nobody else has.
+    s.code(&[0x8b, 0x03]);
+    s.set_reg(RBX, 0xfec0_0010);
+    assert_eq!(s.fault(0xfec0_0010, false), Next::Resume);
+    assert_eq!(s.reg(RAX), 0xffff_ffff);
+}
+
+#[test]
+fn a_string_move_from_a_device_to_memory_across_a_page() {
+    let s = Setting::new();
+    s.code(&[0xf3, 0x48, 0xa5]);
+    s.set_reg(RSI, HOLE);
+    s.set_reg(RDI, DATA + 0xffc);
+    s.set_reg(RCX, 3);
+    assert_eq!(s.fault(HOLE, false), Next::Resume);
+    assert_eq!((s.reg(RCX), s.rip()), (0, CODE + 3));
+    assert_eq!(s.w.get::<[u8; 24]>(1, DATA + 0xffc), [0xff; 24]);
+    assert_eq!(s.w.get::<u32>(1, DATA + 0xff8), 0);
+}
+
+#[test]
+fn a_long_string_move_gives_the_others_a_turn() {
+    let s = Setting::new();
+    s.code(&[0xf3, 0xaa]);
+    s.set_reg(RDI, HOLE);
+    s.set_reg(RCX, 1000);
+    assert_eq!(s.fault(HOLE, true), Next::Resume);
+    assert_eq!((s.reg(RCX), s.rip()), (1000 - 64, CODE));
+}
+
+#[test]
+fn an_operand_that_user_code_may_not_write_faults() {
+    let s = Setting::new();
+    // User code moves from a device to a page of the kernel.
+    s.code(&[0xa5]);
+    s.hw(1, 0)
+        .with_state(|st| st.seg[Seg::Ss as usize].attr |= 3 << 5);
+    s.w.put(1, LOW_TABLE + (DATA >> 12) * 8, &(DATA | PRESENT | WRITE));
+    s.set_reg(RSI, HOLE);
+    s.set_reg(RDI, DATA + 4);
+    assert_eq!(s.fault(HOLE, false), Next::Resume);
+    assert_eq!(s.event(), Some(Event::page_fault(7)));
+    assert_eq!(s.hw(1, 0).with_state(|s| s.cr2), DATA + 4);
+    assert_eq!((s.rip(), s.reg(RSI)), (CODE, HOLE));
+    // A page of its own, read-only.
+    s.w.put(1, LOW_TABLE + (DATA >> 12) * 8, &(DATA | PRESENT | USER));
+    assert_eq!(s.fault(HOLE, false), Next::Resume);
+    assert_eq!(s.event(), Some(Event::page_fault(7)));
+    // One that it may write.
+    let own = DATA | PRESENT | USER | WRITE;
+    s.w.put(1, LOW_TABLE + (DATA >> 12) * 8, &own);
+    assert_eq!(s.fault(HOLE, false), Next::Resume);
+    assert_eq!(s.event(), None);
+    assert_eq!(s.w.get::<u32>(1, DATA + 4), !0);
+    // The processor would have marked it.
+    assert_eq!(s.w.get::<u64>(1, LOW_TABLE + (DATA >> 12) * 8), own | 0x60);
+}
+
+#[test]
+fn the_kernel_does_not_reach_user_pages_by_mistake() {
+    let s = Setting::new();
+    s.code(&[0xa5]);
+    s.set_reg(RSI, HOLE);
+    s.set_reg(RDI, DATA);
+    // The code's page is the kernel's.
+    s.w.put(1, LOW_TABLE + 8 * 8, &(CODE | PRESENT | WRITE));
+    s.hw(1, 0).with_state(|st| st.cr4 |= 1 << 20 | 1 << 21);
+    let hole_is_the_kernels = 3 << 30 | LARGE | PRESENT | WRITE;
+    s.w.put(1, 0x2000 + 3 * 8, &hole_is_the_kernels);
+    assert_eq!(s.fault(HOLE, false), Next::Resume);
+    assert_eq!(s.event(), Some(Event::page_fault(3)));
+    // It says that it means to.
+    s.hw(1, 0).with_state(|st| st.rflags |= Flags::AC);
+    assert_eq!(s.fault(HOLE, false), Next::Resume);
+    assert_eq!((s.event(), s.rip()), (None, CODE + 1));
+}
+
+#[test]
+fn an_update_of_plain_memory_is_left_to_the_guest() {
+    let s = Setting::new();
+    // By now the operand is somewhere else.
+    s.code(&[0xf0, 0xff, 0x03]);
+    s.set_reg(RBX, DATA);
+    assert_eq!(s.fault(HOLE + 8, true), Next::Resume);
+    assert_eq!((s.rip(), s.event()), (CODE, None));
+    assert_eq!(s.w.get::<u32>(1, DATA), 0);
+}
+
+#[test]
+fn a_fault_that_is_no_more_is_tried_again() {
+    let s = Setting::new();
+    s.code(&[0x89, 0x03]);
+    assert_eq!(s.fault(DATA, true), Next::Resume);
+    assert_eq!((s.rip(), s.event()), (CODE, None));
+}
+
+fn retype(s: &Setting, to: P2mType) {
+    let d = s.w.dom(1);
+    let mut c = d.p2m.changes();
+    let g = Gfn::new_truncate(DATA >> 12);
+    assert_eq!(c.retype_one(g, P2mType::Ram, to), Ok(true));
+    d.finish(s.w.hv, c);
+}
+
+#[test]
+fn the_first_write_to_a_logged_page_makes_it_plain() {
+    let s = Setting::new();
+    retype(&s, P2mType::LogDirty);
+    s.code(&[0x89, 0x03]);
+    assert_eq!(s.fault(DATA, true), Next::Resume);
+    assert_eq!(s.rip(), CODE);
+    let l = s.w.dom(1).p2m.lookup(Gfn::new_truncate(DATA >> 12));
+    assert_eq!((l.ty, l.order), (P2mType::Ram, PageOrder::P4K));
+    // So does a write that is made for the guest.
+    retype(&s, P2mType::LogDirty);
+    s.code(&[0xa5]);
+    s.set_reg(RSI, HOLE);
+    s.set_reg(RDI, DATA);
+    assert_eq!(s.fault(HOLE, false), Next::Resume);
+    let l = s.w.dom(1).p2m.lookup(Gfn::new_truncate(DATA >> 12));
+    assert_eq!(l.ty, P2mType::Ram);
+    assert_eq!(s.w.get::<u32>(1, DATA), !0);
+}
+
+#[test]
+fn writes_to_read_only_memory_are_lost() {
+    let s = Setting::new();
+    s.w.put(1, DATA, &5u32);
+    retype(&s, P2mType::RamRo);
+    s.code(&[0x83, 0x03, 1]);
+    s.set_reg(RBX, DATA);
+    assert_eq!(s.fault(DATA, true), Next::Resume);
+    assert_eq!((s.rip(), s.event()), (CODE + 3, None));
+    assert_eq!(s.w.get::<u32>(1, DATA), 5);
+    let mut f = access(DATA, true);
+    f.walk = true;
+    assert!(matches!(s.exit(Exit::NestedFault(f)), Next::Crash(_)));
+}
+
+#[test]
+fn execution_and_page_tables_out_of_memory_end_the_domain() {
+    let s = Setting::new();
+    for (fetch, walk) in [(true, false), (false, true)] {
+        let mut f = access(HOLE, false);
+        (f.fetch, f.walk) = (fetch, walk);
+        assert!(matches!(s.exit(Exit::NestedFault(f)), Next::Crash(_)));
+    }
+    // An event whose delivery failed is not the instruction's access.
+    s.code(&[0x8b, 0x03]);
+    s.w.with_cx(1, 0, |cx| cx.st.hw.inject(Event::Nmi));
+    assert!(matches!(s.fault(HOLE, false), Next::Crash(_)));
+}
+
+#[test]
+fn an_instruction_that_is_not_emulated_is_undefined() {
+    let s = Setting::new();
+    s.set_reg(RBX, HOLE);
+    // movaps xmm0, [rbx]; shl dword [rbx], 1
+    for code in [&[0x0f, 0x28, 0x03][..], &[0xd1, 0x23]] {
+        s.code(code);
+        assert_eq!(s.fault(HOLE, false), Next::Resume);
+        assert_eq!((s.event(), s.rip()), (Some(Event::UD), CODE));
+    }
+}
+
+#[test]
+fn real_mode_faults_have_no_error_code() {
+    let s = Setting::new();
+    s.w.with_cx(1, 0, |cx| {
+        cx.st.hw.set_state(&ArchState::at_sipi(8));
+        insn::inject(cx, GP);
+    });
+    assert_eq!(s.hw(1, 0).waiting(), Some(Event::Exception(13, None)));
+}
+
+// ---- ports
+
+#[test]
+fn ports_without_anybody_read_ones() {
+    let s = Setting::new();
+    s.code(&[0xec]);
+    for (size, want) in [
+        (1, 0x1234_5678_9abc_deff),
+        (2, 0x1234_5678_9abc_ffff),
+        (4, 0xffff_ffff),
+    ] {
+        s.set_reg(RAX, 0x1234_5678_9abc_def0);
+        assert_eq!(s.exit(Exit::Pio(port(0x70, size, true))), Next::Resume);
+        assert_eq!(s.reg(RAX), want);
+    }
+    assert_eq!(s.exit(Exit::Pio(port(0x70, 4, false))), Next::Resume);
+    assert_eq!(s.rip(), CODE + 4);
+    assert_eq!(s.w.machine.take_accesses(), []);
+}
+
+#[test]
+fn a_port_instruction_without_a_given_length_is_measured() {
+    let s = Setting::new();
+    s.code(&[0x66, 0xe5, 0x70]);
+    let p = Pio {
+        len: 0,
+        ..port(0x70, 2, true)
+    };
+    assert_eq!(s.exit(Exit::Pio(p)), Next::Resume);
+    assert_eq!(s.rip(), CODE + 3);
+}
+
+#[test]
+fn string_input_goes_through_the_guests_page_tables() {
+    let s = Setting::new();
+    let ins = Pio {
+        string: true,
+        rep: true,
+        len: 3,
+        ..port(0x1f0, 2, true)
+    };
+    s.code(&[0xf3, 0x66, 0x6d]);
+    s.set_reg(RDX, 0x1f0);
+    s.set_reg(RCX, 4);
+    s.set_reg(RDI, DATA + 0xffe);
+    s.w.put(1, LOW_TABLE + ((DATA >> 12) + 1) * 8, &0u64);
+    assert_eq!(s.exit(Exit::Pio(ins)), Next::Resume);
+    // The first fits, the second is on the page that is absent.
+    assert_eq!(s.event(), Some(Event::page_fault(2)));
+    assert_eq!(s.hw(1, 0).with_state(|s| s.cr2), DATA + 0x1000);
+    assert_eq!((s.reg(RCX), s.rip()), (3, CODE));
+    assert_eq!(s.w.get::<u16>(1, DATA + 0xffe), 0xffff);
+    // It is another instruction by now.
+    s.code(&[0xf3, 0x6c]);
+    assert_eq!(s.exit(Exit::Pio(ins)), Next::Resume);
+    assert_eq!((s.reg(RCX), s.rip(), s.event()), (3, CODE, None));
+}
+
+#[test]
+fn the_debug_port_takes_text() {
+    let s = Setting::new();
+    for b in b"hello" {
+        s.set_reg(RAX, u64::from(*b));
+        assert_eq!(s.exit(Exit::Pio(port(0xe9, 1, false))), Next::Resume);
+    }
+    let budget = s.w.dom(1).log_budget.load(Ordering::Relaxed);
+    s.set_reg(RAX, 10);
+    assert_eq!(s.exit(Exit::Pio(port(0xe9, 1, false))), Next::Resume);
+    // A line was logged.
+    assert_eq!(s.w.dom(1).log_budget.load(Ordering::Relaxed), budget - 1);
+}
