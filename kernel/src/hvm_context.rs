@@ -247,6 +247,9 @@ fn save_cpu(hv: Hv, st: &VcpuState) -> HvmHwCpu {
     [c.msr_star, c.msr_lstar, c.msr_cstar, c.msr_syscall_mask] = s.syscall;
     c.shadow_gs = s.kernel_gs_base;
     c.msr_efer = s.efer;
+    if let Some(word) = st.hw.waiting_event().and_then(event_word) {
+        (c.pending_event, c.error_code) = word;
+    }
     c.msr_tsc_aux = st.hw.msr(TSC_AUX).unwrap_or(0);
     c.tsc = hv.hw.tsc().wrapping_add(st.tsc_offset);
     c
@@ -615,6 +618,20 @@ fn arch_state(c: &HvmHwCpu, pat: Option<u64>) -> Result<ArchState, Refused> {
         s.pat = pat;
     }
     Ok(s)
+}
+
+/// An event as a record has it, with its error code. Software interrupts are not saved: the instruction
+/// is executed again.
+fn event_word(e: Event) -> Option<(u32, u32)> {
+    const VALID: u32 = 1 << 31;
+    const ERROR_VALID: u32 = 1 << 11;
+    Some(match e {
+        Event::Interrupt(v) => (VALID | u32::from(v), 0),
+        Event::Nmi => (VALID | 2 << 8 | 2, 0),
+        Event::Exception(v, None) => (VALID | 3 << 8 | u32::from(v), 0),
+        Event::Exception(v, Some(code)) => (VALID | ERROR_VALID | 3 << 8 | u32::from(v), code),
+        Event::Software(_) => return None,
+    })
 }
 
 /// The event that was being delivered when the vCPU was saved.

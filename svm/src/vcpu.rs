@@ -651,6 +651,10 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.vmcb.event_inj.get() & inject::VALID != 0
     }
 
+    fn waiting_event(&self) -> Option<Event> {
+        inject::decode(self.vmcb.event_inj.get())
+    }
+
     /// An NMI waits if it cannot come in at once; a second one that waits is the same one.
     fn inject(&mut self, e: Event) {
         match e {

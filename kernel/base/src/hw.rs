@@ -417,6 +417,8 @@ pub trait HwVcpu: Send + Debug {
     fn shadow(&self) -> bool;
     /// Whether an event waits for injection at the next entry.
     fn event_pending(&self) -> bool;
+    /// The event that waits for injection at the next entry.
+    fn waiting_event(&self) -> Option<Event>;
     /// Injects at the next entry; replaces what waits there. An external interrupt may be injected
     /// only when the guest can take it ([`HwVcpu::can_take_interrupt`]).
     fn inject(&mut self, e: Event);

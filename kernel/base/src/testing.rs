@@ -1127,6 +1127,10 @@ impl HwVcpu for FakeVcpu {
         self.inner().waiting.is_some()
     }
 
+    fn waiting_event(&self) -> Option<Event> {
+        self.inner().waiting
+    }
+
     fn inject(&mut self, e: Event) {
         self.inner().waiting = Some(e);
     }

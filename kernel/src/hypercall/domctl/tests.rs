@@ -698,7 +698,9 @@ fn a_context_moves_a_domain_into_another() {
         let mut s = st.hw.state();
         s.sysenter[1] = 0x5678;
         s.dr7 = 0x455;
+        s.rflags |= galvan_base::state::RFLAGS_IF;
         st.hw.set_state(&s);
+        st.hw.inject(galvan_base::state::Event::Interrupt(0x61));
         st.tsc_offset = 1000;
         // The APIC takes nothing before it is enabled.
         let now = || galvan_devices::vlapic::Now {
@@ -723,12 +725,14 @@ fn a_context_moves_a_domain_into_another() {
         w.hv.domains.get(from).expect("exists"),
         w.hv.domains.get(to).expect("exists"),
     );
-    let (x, y) = (
-        a.vcpus()[0].state_of_other().hw.state(),
-        b.vcpus()[0].state_of_other().hw.state(),
-    );
-    assert_eq!(x, y);
+    let state = |d: &Domain| d.vcpus()[0].state_of_other().hw.state();
+    assert_eq!(state(&a), state(&b));
     assert_eq!(b.vcpus()[0].state_of_other().regs.r15, 0x1234);
+    assert_eq!(
+        b.vcpus()[0].state_of_other().hw.waiting_event(),
+        Some(galvan_base::state::Event::Interrupt(0x61)),
+        "what was being delivered is delivered"
+    );
     assert_eq!(b.vcpus()[0].state_of_other().tsc_offset, 1000);
     assert_eq!(
         b.vcpus()[1].state_of_other().tsc_offset,
