@@ -1,22 +1,19 @@
 # Printed once, where somebody logs in at a terminal of dom0.
 if [ -t 0 ] && [ -z "$GALVAN_BANNER" ]; then
   export GALVAN_BANNER=1
-  galvan_state() { systemctl show -P ActiveState galvan-demo.service 2>/dev/null; }
   printf '\n'
   if [ "$(cat /sys/hypervisor/type 2>/dev/null)" = xen ]; then
     printf 'This is dom0 of %s: Debian %s on a hypervisor that speaks the Xen ABI.\n' \
       "$(sed -n 's/.*[-. ]\([Gg]alvan[^ ]*\).*/\1/p' /sys/hypervisor/version/extra 2>/dev/null | grep . || echo Xen)" \
       "$(cat /etc/debian_version)"
     printf 'It owns the hardware; guests run beside it, on the bridge xenbr0.\n'
-    if [ "$(galvan_state)" = activating ]; then
-      printf 'The guest "demo" is being started ...\n'
-      galvan_n=0
-      while [ "$(galvan_state)" = activating ] && [ $galvan_n -lt 120 ]; do
-        sleep 0.5
-        galvan_n=$((galvan_n + 1))
-      done
-      unset galvan_n
-    fi
+    # While dom0 is still coming up, the guest is on its way: this waits for it.
+    case "$(systemctl is-system-running 2>/dev/null)" in
+      initializing | starting)
+        printf 'The guest "demo" is being started ...\n'
+        systemctl start galvan-demo.service 2>/dev/null
+        ;;
+    esac
     if xl domid demo >/dev/null 2>&1; then
       printf 'The guest "demo" (Debian 13) is running.\n'
     else
@@ -29,5 +26,4 @@ if [ -t 0 ] && [ -z "$GALVAN_BANNER" ]; then
   else
     printf 'This Debian was started without its hypervisor: there are no guests here.\n\n'
   fi
-  unset -f galvan_state
 fi

@@ -63,8 +63,9 @@ const NOT_THE_HOSTS: &str = r#"rm -f "$1/etc/hostname" "$1/etc/resolv.conf" "$1/
 const DOM0_HOOKS: &[&str] = &[
     NO_PASSWORD,
     NOT_THE_HOSTS,
-    // ssh starts when somebody connects, not at every boot.
-    r#"chroot "$1" systemctl disable ssh.service"#,
+    // ssh starts when somebody connects, not at every boot; xendomains would save guests' memory
+    // to disk at every power-off.
+    r#"chroot "$1" systemctl disable ssh.service xendomains.service"#,
     r#"chroot "$1" systemctl enable ssh.socket systemd-networkd.service systemd-resolved.service"#,
     r#"chroot "$1" systemctl mask e2scrub_reap.service systemd-networkd-wait-online.service"#,
 ];
@@ -188,7 +189,8 @@ fn dom0_overlay() -> Result<Overlay> {
         )
         .text(
             "etc/systemd/network/20-uplink.network",
-            "[Match]\nName=en* eth*\n\n[Network]\nDHCP=yes\nIPv4Forwarding=yes\n",
+            "# Not enX*: QEMU gives dom0 a Xen interface that leads nowhere.\n\
+             [Match]\nName=eno* ens* enp* enx* eth*\n\n[Network]\nDHCP=yes\nIPv4Forwarding=yes\n",
         )
         .text(
             "etc/systemd/resolved.conf.d/guests.conf",
