@@ -97,7 +97,7 @@ fn of_result(r: u64, size: u8) -> u64 {
     if r & sign(size) != 0 {
         f |= Flags::SF;
     }
-    if (r as u8).count_ones() % 2 == 0 {
+    if (r as u8).count_ones().is_multiple_of(2) {
         f |= Flags::PF;
     }
     f

@@ -36,14 +36,12 @@ impl Model {
         let mut segs = [flat(0x18, 0xc93); 6];
         segs[Seg::Cs as usize] = flat(0x10, if bits == Bits::B64 { 0xa9b } else { 0xc9b });
         if bits == Bits::B16 {
-            for s in &mut segs {
-                *s = Segment {
-                    sel: 0x100,
-                    attr: 0x93,
-                    limit: 0xffff,
-                    base: 0x1000,
-                };
-            }
+            segs = [Segment {
+                sel: 0x100,
+                attr: 0x93,
+                limit: 0xffff,
+                base: 0x1000,
+            }; 6];
         }
         Model {
             regs: [0; 16],

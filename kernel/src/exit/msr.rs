@@ -164,7 +164,7 @@ fn write_hypercall_page(cx: &mut Cx<'_>, value: u64) -> bool {
     const ENTRY: usize = 32;
     const IRET: usize = 23;
     // The low bits are the number of the page; there is one.
-    if value % PAGE_SIZE as u64 != 0 {
+    if !value.is_multiple_of(PAGE_SIZE as u64) {
         return false;
     }
     let Some(page) = Gpa::new(value) else {

@@ -47,7 +47,7 @@ fn machine() -> &'static FakeMachine {
         pins: 24,
     }]);
     m.set_cpuid(0, 0, [0xd, 0x6874_7541, 0x444d_4163, 0x6974_6e65]);
-    m.set_cpuid(1, 0, [0x00a0_0f10, 0, 0x0620_1203, 0x178b_fbff]);
+    m.set_cpuid(1, 0, [0x00a0_0f10, 0, 0x1638_1203, 0x178b_fbff]);
     m.set_cpuid(0xd, 0, [7, 0x340, 0x340, 0]);
     m.set_cpuid(0xd, 2, [0x100, 0x240, 0, 0]);
     m.set_cpuid(0x8000_0000, 0, [0x8000_0008, 0, 0, 0]);
@@ -920,4 +920,141 @@ fn the_debug_port_takes_text() {
     assert_eq!(s.exit(Exit::Pio(port(0xe9, 1, false))), Next::Resume);
     // A line was logged.
     assert_eq!(s.w.dom(1).log_budget.load(Ordering::Relaxed), budget - 1);
+}
+
+// ---- hostility
+
+/// xorshift64*: the same sequence in every run.
+struct Rng(u64);
+
+impl Rng {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
+    }
+
+    fn below(&mut self, n: u64) -> u64 {
+        (self.next() >> 16) % n
+    }
+
+    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
+        of[self.below(of.len() as u64) as usize]
+    }
+
+    /// A value that is likely to mean something.
+    fn value(&mut self) -> u64 {
+        const BASES: [u64; 8] = [
+            HOLE,
+            DATA,
+            CODE,
+            MMIO_BASE,
+            0xfec0_0000,
+            0x3_ffff,
+            1 << 47,
+            !0,
+        ];
+        match self.below(4) {
+            0 => self.next(),
+            1 => self.below(64),
+            _ => self
+                .pick(&BASES)
+                .wrapping_add(self.below(0x1000))
+                .wrapping_sub(self.below(16)),
+        }
+    }
+}
+
+#[test]
+fn no_exit_in_no_state_panics() {
+    let s = Setting::new();
+    let mut r = Rng(0x0dd0_feed_1234_5671);
+    let dom = |r: &mut Rng| r.below(2) as u16;
+    let mut crashes = 0;
+    for _ in 0..30_000 {
+        let d = dom(&mut r);
+        let at = r.pick(&[CODE, CODE + 0xff8, CODE + 0xfff]);
+        let mut code = r.next().to_le_bytes();
+        if r.below(2) == 0 {
+            code[0] = r.pick(&[
+                0x0f, 0xf3, 0x66, 0x8b, 0x89, 0xa4, 0xab, 0xff, 0x6c, 0x6e, 0x48,
+            ]);
+        }
+        s.w.put(d, at, &code);
+        let mut st = long_mode();
+        st.rip = if r.below(8) == 0 { r.value() } else { at };
+        st.rflags = r.next() & (Flags::STATUS | Flags::DF | Flags::TF | Flags::AC | Flags::VM) | 2;
+        match r.below(4) {
+            0 => {
+                st = ArchState::at_sipi(8);
+                st.rip = at - CODE;
+            }
+            1 => {
+                st.seg[Seg::Cs as usize].attr = r.pick(&[0xc9b, 0x9b]);
+                st.efer = r.pick(&[0, EFER_LME | EFER_LMA]);
+                st.cr0 = r.pick(&[CR0_PE, CR0_PE | CR0_PG]);
+                st.cr4 = r.pick(&[0, CR4_PAE, 1 << 4]);
+            }
+            _ => {}
+        }
+        if r.below(3) == 0 {
+            st.seg[Seg::Ss as usize].attr |= 3 << 5;
+        }
+        if r.below(4) == 0 {
+            st.cr4 |= 1 << 20 | 1 << 21;
+            st.cr3 = r.value() & 0xf_ffff_f000;
+        }
+        let access = NestedFault {
+            gpa: Gpa::new_truncate(r.value()),
+            write: r.below(2) == 0,
+            fetch: r.below(16) == 0,
+            present: r.below(2) == 0,
+            walk: r.below(16) == 0,
+            insn: core::array::from_fn(|i| code.get(i).copied().unwrap_or(0xf3)),
+            insn_len: r.pick(&[0, 0, 3, 15]),
+        };
+        let pio = Pio {
+            port: r.pick(&[0, 0x70, 0xe9, 0xcf8, 0xcfc, 0xffff]),
+            size: r.pick(&[1, 2, 4]),
+            input: r.below(2) == 0,
+            string: r.below(2) == 0,
+            rep: r.below(2) == 0,
+            len: r.pick(&[0, 1, 2]),
+        };
+        let len = r.pick(&[0, 0, 2]);
+        let exit = match r.below(10) {
+            0 => Exit::Cpuid(len),
+            1 => Exit::MsrRead(len),
+            2 => Exit::MsrWrite(len),
+            3 => Exit::Xsetbv(len),
+            4 | 5 => Exit::Pio(pio),
+            _ => Exit::NestedFault(access),
+        };
+        s.w.with_cx(d, 0, |cx| {
+            cx.st.hw.set_state(&st);
+            for n in 0..16 {
+                *cx.st.regs.get_mut(n) = r.value();
+            }
+            if matches!(exit, Exit::MsrRead(_) | Exit::MsrWrite(_)) {
+                let bases = [
+                    0,
+                    0x10,
+                    0x170,
+                    0x200,
+                    0x250,
+                    0x400,
+                    0x800,
+                    0x820,
+                    0x4000_0000,
+                ];
+                cx.st.regs.rcx = r.pick(&bases) + r.below(32);
+            }
+            if matches!(handle(cx, exit), Next::Crash(_)) {
+                crashes += 1;
+            }
+        });
+    }
+    // Most of that the guest survives.
+    assert!(crashes < 10_000, "{crashes}");
 }
