@@ -85,7 +85,7 @@ fn config_of(c: &CreateDomain) -> Result<DomainConfig, Errno> {
         c.arch.misc_flags & !XEN_X86_MISC_FLAGS_MAX == 0,
         Errno::EINVAL,
     )?;
-    // There is no device model yet that could serve an HVM guest.
+    // HVM guests need a device model, for which there are no servers.
     check(c.emulation() == EmulationFlags::PVH, Errno::EOPNOTSUPP)?;
     Ok(DomainConfig {
         handle: c.handle.0,

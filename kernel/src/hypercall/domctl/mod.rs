@@ -349,7 +349,7 @@ fn set_tsc_info(cx: &Cx<'_>, d: &Domain, call: &XenDomctl) -> Op {
         );
     }
     let mut c = d.control.lock();
-    if c.started {
+    if c.started || d.config.hardware_domain {
         return Err(Errno::EEXIST);
     }
     c.tsc_mode = t.tsc_mode;
@@ -372,7 +372,7 @@ fn get_tsc_info(cx: &Cx<'_>, d: &Domain, call: &mut XenDomctl) -> Op {
 
 fn set_pool(cx: &Cx<'_>, d: &Domain, call: &XenDomctl) -> Op {
     let p: XenDomctlPagingMempool = call.payload();
-    if d.config.hardware_domain || p.size % PAGE_SIZE as u64 != 0 {
+    if d.config.hardware_domain || !p.size.is_multiple_of(PAGE_SIZE as u64) {
         return Err(Errno::EINVAL);
     }
     alive(d)?;

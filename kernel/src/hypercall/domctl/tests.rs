@@ -922,6 +922,35 @@ fn the_dirty_log_reports_each_write_once() {
 }
 
 #[test]
+fn a_long_dirty_log_is_read_in_steps() {
+    let w = world();
+    let id = build(&w);
+    let d = w.hv.domains.get(id).expect("exists");
+    let mut s = XenDomctlShadowOp::new_zeroed();
+    s.op = XEN_DOMCTL_SHADOW_OP_ENABLE_LOGDIRTY;
+    ctl(&w, XEN_DOMCTL_SHADOW_OP, id, &s).expect("on");
+    let dirty = [3, 0xfeffc];
+    let mut c = d.p2m.changes();
+    for g in dirty {
+        let r = c.retype_one(Gfn::new_truncate(g), P2mType::LogDirty, P2mType::Ram);
+        assert_eq!(r, Ok(true));
+    }
+    d.finish(w.hv, c);
+    // All that the domain can have, as the toolstack asks.
+    (s.op, s.pages) = (XEN_DOMCTL_SHADOW_OP_CLEAN, 0xff000);
+    s.dirty_bitmap = GuestHandle::new(BUF2);
+    w.put(0, BUF2 + dirty[1] / 8, &0xffu8);
+    let got: XenDomctlShadowOp = ctl(&w, XEN_DOMCTL_SHADOW_OP, id, &s)
+        .expect("a log")
+        .payload();
+    assert_eq!((got.pages, got.stats.dirty_count), (0xff000, 2));
+    for g in dirty {
+        assert_eq!(w.get::<u8>(0, BUF2 + g / 8), 1 << (g % 8), "only this one");
+    }
+    assert_eq!(d.control.lock().progress, None);
+}
+
+#[test]
 fn triggers_reach_the_vcpu() {
     let w = world();
     let id = build(&w);

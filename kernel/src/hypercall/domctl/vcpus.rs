@@ -102,12 +102,12 @@ fn context(v: &Vcpu, st: &VcpuState) -> Box<VcpuGuestContext> {
     let s = st.hw.state();
     let r = &st.regs;
     st.hw.fpu(&mut c.fpu_ctxt);
-    c.flags = u64::from(VGCF_I387_VALID);
+    c.flags = VGCF_I387_VALID;
     if v.is_up() {
-        c.flags |= u64::from(VGCF_ONLINE);
+        c.flags |= VGCF_ONLINE;
     }
     if st.hw.cpl() == 0 {
-        c.flags |= u64::from(VGCF_IN_KERNEL);
+        c.flags |= VGCF_IN_KERNEL;
     }
     let u = &mut c.user_regs;
     (u.rax, u.rbx, u.rcx, u.rdx) = (r.rax, r.rbx, r.rcx, r.rdx);

@@ -133,9 +133,6 @@ fn physinfo(cx: &Cx<'_>) -> XenSysctlPhysinfo {
     let hv = cx.hv;
     let cpus = hv.hw.cpus();
     let topology = topology::Topology::of(hv.hw);
-    let mut capabilities =
-        XEN_SYSCTL_PHYSCAP_HVM | XEN_SYSCTL_PHYSCAP_HAP | XEN_SYSCTL_PHYSCAP_GNTTAB_V1;
-    capabilities &= !XEN_SYSCTL_PHYSCAP_DIRECTIO;
     let mut hw_cap = [0; HW_CAP];
     if let Some(FeatureSet(words)) = hv
         .cpu_policy
@@ -159,7 +156,10 @@ fn physinfo(cx: &Cx<'_>) -> XenSysctlPhysinfo {
         nr_nodes: 1,
         max_node_id: 0,
         cpu_khz: u32::try_from(hv.hw.tsc_khz()).unwrap_or(u32::MAX),
-        capabilities,
+        // Devices are dom0's alone, so nothing is said of them.
+        capabilities: XEN_SYSCTL_PHYSCAP_HVM
+            | XEN_SYSCTL_PHYSCAP_HAP
+            | XEN_SYSCTL_PHYSCAP_GNTTAB_V1,
         arch_capabilities: 0,
         _pad: 0,
         total_pages: hv.frames.total(),
