@@ -178,3 +178,127 @@ fn kick(hv: Hv, cpus: CpuSet) {
         hv.hw.kick(c);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::{World, config};
+    use crate::vcpu::block;
+    use alloc::boxed::Box;
+    use core::sync::atomic::Ordering;
+    use galvan_base::testing::FakeMachine;
+    use std::sync::Mutex;
+
+    const CPU0: CpuId = CpuId(0);
+    const CPU1: CpuId = CpuId(1);
+
+    /// Two CPUs and two domains of one vCPU each, free to run.
+    fn world() -> World {
+        let machine = Box::leak(Box::new(FakeMachine::new(8).with_cpus(2)));
+        machine.set_now_ns(1_000);
+        let w = World::on(machine, 2, |d| config(d == 0, 1));
+        for d in &w.domains {
+            d.controller_unpause(w.hv).expect("paused at creation");
+        }
+        w.machine.take_kicks();
+        w
+    }
+
+    #[test]
+    fn a_halted_vcpu_comes_back_when_its_deadline_has_come() {
+        let w = world();
+        let (hv, s) = (w.hv, &w.hv.sched);
+        w.dom(0).pause_nosync(hv);
+        let v = s.pick(hv, CPU0).expect("d1 is runnable");
+        assert_eq!((v.domid, v.unit.running_on()), (1, Some(CPU0)));
+        v.blocked.fetch_or(block::HALTED, Ordering::SeqCst);
+        hv.timers.insert(hv, CPU0, &v, 5_000);
+        s.put_back(hv, CPU0, v);
+        assert!(s.pick(hv, CPU0).is_none() && !s.has_work(CPU0));
+        assert_eq!(hv.timers.next_deadline(CPU0), Some(5_000));
+        w.machine.set_now_ns(4_999);
+        hv.timers.expire(hv, CPU0);
+        assert!(!s.has_work(CPU0));
+        w.machine.set_now_ns(5_000);
+        hv.timers.expire(hv, CPU0);
+        assert!(
+            s.has_work(CPU0),
+            "the wake-up gives the work to this idle CPU"
+        );
+        assert_eq!(hv.timers.next_deadline(CPU0), None);
+        let v = s.pick(hv, CPU0).expect("woken");
+        assert_eq!((v.domid, v.unit.woken_at()), (1, 5_000));
+    }
+
+    #[test]
+    fn a_pause_returns_when_the_vcpu_is_off_its_cpu() {
+        let w = world();
+        let hv = w.hv;
+        let v = hv.sched.pick(hv, CPU1).expect("one is runnable");
+        let d = v.domain().expect("alive");
+        let unit = v.clone();
+        let on_cpu1 = Mutex::new(Some(v));
+        w.machine.on_relax(move |_| {
+            if let Some(v) = on_cpu1.lock().expect("not poisoned").take() {
+                hv.sched.put_back(hv, CPU1, v);
+            }
+        });
+        d.pause(hv);
+        assert_eq!(w.machine.take_kicks(), [CPU1]);
+        assert_eq!(unit.unit.running_on(), None);
+        let other = hv.sched.pick(hv, CPU1).expect("the other domain");
+        assert_ne!(other.domid, d.id);
+        // Unpaused, it finds the idle CPU.
+        assert!(hv.sched.pick(hv, CPU0).is_none());
+        d.unpause(hv);
+        assert!(hv.sched.has_work(CPU0));
+    }
+
+    #[test]
+    fn who_pauses_its_own_domain_does_not_wait_for_itself() {
+        let w = world();
+        let v = w.hv.sched.pick(w.hv, CPU0).expect("one is runnable");
+        v.domain().expect("alive").pause(w.hv);
+        assert_eq!(v.unit.running_on(), Some(CPU0));
+        w.hv.sched.put_back(w.hv, CPU0, v);
+        let next = w.hv.sched.pick(w.hv, CPU0).expect("the other domain");
+        assert!(next.runnable());
+    }
+
+    #[test]
+    fn parameters_outside_their_range_are_refused() {
+        let w = world();
+        let (hv, d) = (w.hv, w.dom(1));
+        for (weight, cap) in [(0, 0), (65536, 0), (256, 101)] {
+            assert_eq!(hv.sched.set_share(hv, d, weight, cap), Err(Errno::EINVAL));
+        }
+        assert_eq!((d.share.weight(), d.share.cap()), (256, 0));
+        assert_eq!(hv.sched.set_share(hv, d, 512, 100), Ok(()));
+        assert_eq!((d.share.weight(), d.share.cap()), (512, 100));
+        assert_eq!(hv.sched.set_ratelimit_us(99), Err(Errno::EINVAL));
+        assert_eq!(hv.sched.set_ratelimit_us(0), Ok(()));
+        assert_eq!(hv.sched.ratelimit_us(), 0);
+        let v = w.vcpu(1, 0);
+        let nowhere = hv
+            .sched
+            .set_affinity(hv, v, Some(CpuSet::of(CpuId(9))), None);
+        assert_eq!(nowhere, Err(Errno::EINVAL));
+    }
+
+    #[test]
+    fn a_destroyed_vcpu_leaves_nothing_behind() {
+        let w = world();
+        let (hv, v) = (w.hv, w.vcpu(1, 0).clone());
+        let held = Arc::strong_count(&v);
+        w.dom(1).pause(hv);
+        hv.timers.insert(hv, CPU0, &v, 77);
+        hv.timers.cancel(&v);
+        hv.sched.remove(hv, &v);
+        w.dom(1).unpause(hv);
+        // Until then its queue held one.
+        assert_eq!(Arc::strong_count(&v), held - 1);
+        let only = hv.sched.pick(hv, CPU0).expect("dom0");
+        assert_eq!(only.domid, 0);
+        assert!(hv.sched.pick(hv, CPU1).is_none());
+    }
+}
