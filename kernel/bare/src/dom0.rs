@@ -281,6 +281,9 @@ pub fn run() -> ! {
     for w in crate::pci::windows() {
         facts.private_mmio.push((w.base, (u64::from(w.last_bus) - u64::from(w.first_bus) + 1) << 20));
     }
+    let (iommu_functions, iommu_windows) = crate::iommu::private();
+    facts.private_pci.extend(iommu_functions);
+    facts.private_mmio.extend(iommu_windows);
     facts.reset = acpi_facts.and_then(|a| a.fadt.as_ref()).and_then(|f| f.reset).and_then(|(r, v)| match r {
         galvan_kernel::dom0_build::acpi::host::Register::Port(p) => Some((p, v)),
         _ => None,

@@ -17,6 +17,7 @@ mod desc;
 mod dom0;
 mod heap;
 mod hostmem;
+mod iommu;
 mod irq;
 mod logger;
 mod paging;

@@ -237,12 +237,14 @@ impl Platform for Machine {
         core::hint::spin_loop();
     }
     fn take_interrupts(&self) {
+        crate::iommu::poll();
         match SVM.get() {
             Some(svm) => svm.take_interrupts(),
             None => crate::cpu::sti_cli(),
         }
     }
     fn idle(&self, stay_awake: &dyn Fn() -> bool) {
+        crate::iommu::poll();
         match SVM.get() {
             Some(svm) => svm.idle(stay_awake),
             None if !stay_awake() => crate::cpu::sti_hlt_cli(),
@@ -370,7 +372,7 @@ impl Platform for Machine {
         crate::irq::msi_free(index)
     }
     fn iommu(&self) -> Option<&dyn Iommu> {
-        None
+        crate::iommu::get()
     }
 
     fn console_write(&self, text: &[u8]) {

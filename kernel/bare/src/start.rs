@@ -3,7 +3,7 @@
 //! | where | what |
 //! |---|---|
 //! | loader's tables and stack | serial port, log, boot memory, own tables, heap, ACPI, areas for all CPUs |
-//! | own stack | descriptors, clock, local APIC, IO-APICs, PCI, other CPUs, SVM |
+//! | own stack | descriptors, clock, local APIC, IO-APICs, PCI, other CPUs, IOMMUs, SVM |
 //! | [`crate::dom0`] | frame table, hypervisor, dom0 |
 
 use alloc::string::ToString;
@@ -173,6 +173,7 @@ extern "C" fn on_own_stack() -> ! {
         }
     };
     log::info!("{cpus} CPUs");
+    crate::iommu::init();
     crate::dom0::run()
 }
 

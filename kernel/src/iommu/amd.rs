@@ -340,7 +340,7 @@ impl<H: AmdHw> Iommu for AmdVi<H> {
                 log::warn!("{dev}: no IOMMU serves it");
                 return Ok(());
             }
-            log::error!("{dev}: no IOMMU serves it, so it cannot be given to d{domid:?}");
+            log::error!("{dev}: no IOMMU serves it, so only the hardware domain can have it");
             return Err(Exhausted);
         };
         if let Some(id) = ids.iter().find(|id| !self.hw.has_entry(unit, **id)) {
@@ -404,7 +404,10 @@ impl<H: AmdHw> Iommu for AmdVi<H> {
             };
             state.functions.insert(dev, owned);
         }
-        log::debug!("{dev}: {old:?} -> {domid:?}");
+        match domid {
+            Some(new) => log::debug!("{dev} is given to d{new}"),
+            None => log::debug!("{dev} is taken from d{}", old.unwrap_or(Dte::NO_DOMAIN)),
+        }
         Ok(())
     }
 
