@@ -14,7 +14,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 use crate::domain::Domain;
 use crate::hv::Hv;
-use crate::p2m::Want;
+use crate::p2m::{P2mError, P2mType, Page, Want};
 use crate::vcpu::{Vcpu, VcpuState};
 
 /// Everything an exit or hypercall handler works on: the vCPU that is being served.
@@ -207,8 +207,9 @@ impl Cx<'_> {
         self.hv
             .hw
             .or_u32(page.mfn(), a.offset(), bits as u32)
-            .map(|_| ())
-            .map_err(|_| WalkFault::NotRam(a))
+            .map_err(|_| WalkFault::NotRam(a))?;
+        written(self.hv, self.dom, a.frame(), page);
+        Ok(())
     }
 
     /// Copies from guest virtual memory.
@@ -342,12 +343,32 @@ pub fn write_gpa(hv: Hv, d: &Domain, mut gpa: Gpa, mut buf: &[u8]) -> Result<(),
         hv.hw
             .write(page.mfn(), gpa.offset(), now)
             .map_err(|_| Errno::EFAULT)?;
+        written(hv, d, gpa.frame(), page);
         buf = rest;
         if !buf.is_empty() {
             gpa = gpa.checked_add(n as u64).ok_or(Errno::EFAULT)?;
         }
     }
     Ok(())
+}
+
+/// A page was written on the guest's behalf: if writes to it are to be noticed, this is one.
+pub(crate) fn written(hv: Hv, d: &Domain, g: Gfn, page: Page) {
+    if page.is_logged() {
+        drop(page);
+        if note_write(hv, d, g).is_err() {
+            log::warn!("d{}: a write to {g:?} was not noticed", d.id);
+        }
+    }
+}
+
+/// A page of the guest whose writes are to be noticed is, or is to be, written: it counts as dirty
+/// from here on and can be written. Nothing happens to others.
+pub(crate) fn note_write(hv: Hv, d: &Domain, g: Gfn) -> Result<(), P2mError> {
+    let mut c = d.p2m.changes();
+    let r = c.retype_one(g, P2mType::LogDirty, P2mType::Ram);
+    d.finish(hv, c);
+    r.map(|_| ())
 }
 
 /// The guest frame of a number from a guest; EINVAL beyond the address space.

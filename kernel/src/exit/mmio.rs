@@ -8,14 +8,14 @@
 
 use galvan_base::exit::NestedFault;
 use galvan_base::state::{CR0_PE, Seg, Segment};
-use galvan_base::{Gfn, Gpa, Mpa, PAGE_SIZE};
+use galvan_base::{Gpa, Mpa, PAGE_SIZE};
 
 use super::insn::{self, stopped};
 use super::{Next, apic, pio};
 use crate::emulate::{
     Bits, Cpu, DecodeError, Flags, Flow, Insn, MAX_LEN, Op, Stop, decode, execute, mask,
 };
-use crate::guest_access::{Access, Cx};
+use crate::guest_access::{Access, Cx, note_write, written};
 use crate::p2m::{P2mType, PageError, Want};
 
 /// Iterations of a repeated instruction between two looks at interrupts.
@@ -29,10 +29,9 @@ pub fn nested_fault(cx: &mut Cx<'_>, f: NestedFault) -> Next {
             // Another CPU has mapped it in the meantime.
             P2mType::Ram | P2mType::MmioDirect => return Next::Resume,
             P2mType::LogDirty => {
-                return if f.write {
-                    written(cx, frame)
-                } else {
-                    Next::Resume
+                return match f.write.then(|| note_write(cx.hv, cx.dom, frame)) {
+                    None | Some(Ok(())) => Next::Resume,
+                    Some(Err(_)) => Next::Crash("no memory to split a page of the memory map"),
                 };
             }
             P2mType::RamRo if !f.write => return Next::Resume,
@@ -63,17 +62,6 @@ pub fn nested_fault(cx: &mut Cx<'_>, f: NestedFault) -> Next {
         return Next::Crash("an event delivered where there is no memory");
     }
     emulate(cx, &f)
-}
-
-/// A page whose writes are noticed is written: it counts as dirty from here on and can be written.
-fn written(cx: &mut Cx<'_>, frame: Gfn) -> Next {
-    let mut c = cx.dom.p2m.changes();
-    let r = c.retype_one(frame, P2mType::LogDirty, P2mType::Ram);
-    cx.dom.finish(cx.hv, c);
-    match r {
-        Ok(_) => Next::Resume,
-        Err(_) => Next::Crash("no memory to split a page of the memory map"),
-    }
 }
 
 fn emulate(cx: &mut Cx<'_>, f: &NestedFault) -> Next {
@@ -257,10 +245,7 @@ impl<'a, 'b> Guest<'a, 'b> {
                     // A frame that is held is RAM.
                     let _ = self.cx.hv.hw.write(page.mfn(), p.gpa.offset(), b);
                 }
-                if page.is_logged() {
-                    drop(page);
-                    let _ = written(self.cx, frame);
-                }
+                written(self.cx.hv, self.cx.dom, frame, page);
             }
             Err(PageError::ReadOnly) => {}
             Err(PageError::NotRam(P2mType::MmioDirect)) => {

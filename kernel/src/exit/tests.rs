@@ -788,7 +788,11 @@ fn the_first_write_to_a_logged_page_makes_it_plain() {
     assert_eq!(s.rip(), CODE);
     let l = s.w.dom(1).p2m.lookup(Gfn::new_truncate(DATA >> 12));
     assert_eq!((l.ty, l.order), (P2mType::Ram, PageOrder::P4K));
-    // So does a write that is made for the guest.
+    // So do writes that are made for the guest, by a handler and by the emulator.
+    retype(&s, P2mType::LogDirty);
+    s.w.put(1, DATA, &7u32);
+    let l = s.w.dom(1).p2m.lookup(Gfn::new_truncate(DATA >> 12));
+    assert_eq!(l.ty, P2mType::Ram);
     retype(&s, P2mType::LogDirty);
     s.code(&[0xa5]);
     s.set_reg(RSI, HOLE);
