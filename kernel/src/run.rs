@@ -208,6 +208,7 @@ pub(crate) fn serve_requests(cx: &mut Cx<'_>) {
         }
     }
     if asked & request::SIPI != 0 {
+        log::debug!("{v:?}: starts at page {:#x}", (asked >> request::SIPI_SHIFT) as u8);
         cx.st
             .reset_to(&ArchState::at_sipi((asked >> request::SIPI_SHIFT) as u8));
     }

@@ -29,6 +29,17 @@ pub fn raise(hv: Hv, v: &Arc<Vcpu>) {
     }
 }
 
+/// Raises the upcall if it is pending already: for moments at which the vCPU becomes able to take
+/// it. A local APIC that is disabled by software drops the vector, while `evtchn_upcall_pending`
+/// stays set, so that no later event would raise it again.
+pub fn recheck(hv: Hv, v: &Arc<Vcpu>) {
+    if let Some((m, off)) = v.info()
+        && hv.hw.load_u32(m, off & !3).is_ok_and(|w| w & 0xff != 0)
+    {
+        raise(hv, v);
+    }
+}
+
 /// Decides what is injected at the next entry. False if the vCPU is halted and nothing can end
 /// that: it must not be entered.
 pub fn prepare_entry(cx: &mut Cx<'_>) -> bool {

@@ -98,9 +98,11 @@ pub fn apply_lapic_effect(cx: &mut Cx<'_>, e: Effect) {
 /// Lets others know by what destinations this APIC is reached. After every change of its mode, and
 /// after its state was loaded.
 pub fn publish(cx: &mut Cx<'_>) {
-    cx.vcpu
-        .apic_view
-        .store(cx.st.lapic.address().bits(), Ordering::Release);
+    let address = cx.st.lapic.address();
+    cx.vcpu.apic_view.store(address.bits(), Ordering::Release);
+    if address.accepts_vectors() {
+        crate::upcall::recheck(cx.hv, cx.vcpu);
+    }
 }
 
 /// The APIC's part of an INIT.

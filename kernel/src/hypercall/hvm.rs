@@ -37,11 +37,7 @@ pub fn hvm_op(cx: &mut Cx<'_>, [op, arg, ..]: Args) -> Ret {
             log::debug!("{v:?}: upcall vector {:#x}", a.vector);
             v.upcall_vector.store(u32::from(a.vector), Ordering::SeqCst);
             // What became pending before there was a vector is not forgotten.
-            if let Some((m, off)) = v.info()
-                && cx.hv.hw.load_u32(m, off & !3).is_ok_and(|w| w & 0xff != 0)
-            {
-                crate::upcall::raise(cx.hv, v);
-            }
+            crate::upcall::recheck(cx.hv, v);
             Ok(OK)
         }
         // Only guests on shadow page tables have to announce dying page tables.
