@@ -80,14 +80,13 @@ impl Side {
             page,
             ..
         } = self;
-        let logged = page.is_logged();
         drop(page);
         let gfn = if is_gref {
             dom.gnttab.granted.lock().unpin(hv, frame as u32, want)
         } else {
             Gfn::new(frame)
         };
-        if let (true, Want::Write, Some(gfn)) = (logged, want, gfn) {
+        if let (Want::Write, Some(gfn)) = (want, gfn) {
             note_write(hv, &dom, gfn);
         }
     }

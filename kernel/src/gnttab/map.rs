@@ -123,22 +123,22 @@ struct Parting {
     granter: Arc<Domain>,
 }
 
-/// Up to [`BATCH`] mappings that share a flush.
-struct Partings {
-    list: [Option<Parting>; BATCH],
+/// Up to `N` mappings that share a flush.
+struct Partings<const N: usize> {
+    list: [Option<Parting>; N],
     len: usize,
 }
 
-impl Partings {
+impl<const N: usize> Partings<N> {
     fn new() -> Self {
         Partings {
-            list: [const { None }; BATCH],
+            list: [const { None }; N],
             len: 0,
         }
     }
 
     fn is_full(&self) -> bool {
-        self.len >= BATCH
+        self.len >= N
     }
 
     /// Takes a mapping out of the mapper's p2m.
@@ -171,9 +171,9 @@ impl Partings {
     }
 
     /// Flushes, and gives the grants back.
-    fn finish(mut self, hv: Hv, mapper: &Domain, changes: Changes<'_>) {
+    fn finish(self, hv: Hv, mapper: &Domain, changes: Changes<'_>) {
         mapper.finish(hv, changes);
-        for p in self.list.iter().flatten() {
+        for p in self.list.iter().take(self.len).flatten() {
             let written = p
                 .granter
                 .gnttab
@@ -186,7 +186,7 @@ impl Partings {
         }
         {
             let mut track = mapper.gnttab.track.lock();
-            for p in self.list.iter_mut().flatten() {
+            for p in self.list.iter().take(self.len).flatten() {
                 // The last hold on a granter must not end under a lock.
                 let gone = track.end(hv.hw, p.handle, &p.mapping);
                 debug_assert!(gone.is_none_or(|g| Arc::ptr_eq(&g, &p.granter)));
@@ -198,8 +198,16 @@ impl Partings {
 
 /// Undoes each of `ops`, at most [`BATCH`], for `mapper`; how each went is in its status.
 pub(crate) fn unmap(hv: Hv, mapper: &Arc<Domain>, ops: &mut [GnttabUnmapGrantRef]) {
+    if ops.len() == 1 {
+        unmap_some::<1>(hv, mapper, ops);
+    } else {
+        unmap_some::<BATCH>(hv, mapper, ops);
+    }
+}
+
+fn unmap_some<const N: usize>(hv: Hv, mapper: &Domain, ops: &mut [GnttabUnmapGrantRef]) {
     let mut changes = mapper.p2m.changes();
-    let mut partings = Partings::new();
+    let mut partings = Partings::<N>::new();
     for op in ops {
         op.status = match unmap_one(hv, mapper, &mut changes, &mut partings, op) {
             Ok(()) => GntStatus::OKAY,
@@ -209,11 +217,11 @@ pub(crate) fn unmap(hv: Hv, mapper: &Arc<Domain>, ops: &mut [GnttabUnmapGrantRef
     partings.finish(hv, mapper, changes);
 }
 
-fn unmap_one(
+fn unmap_one<const N: usize>(
     hv: Hv,
     mapper: &Domain,
     changes: &mut Changes<'_>,
-    partings: &mut Partings,
+    partings: &mut Partings<N>,
     op: &GnttabUnmapGrantRef,
 ) -> Result<(), GntStatus> {
     let at = Gpa::new(op.host_addr)
@@ -228,7 +236,7 @@ pub(super) fn tear_down(hv: Hv, mapper: &Domain, budget: &mut Budget) -> bool {
     mapper.gnttab.track.lock().close();
     loop {
         let mut changes = mapper.p2m.changes();
-        let mut partings = Partings::new();
+        let mut partings = Partings::<BATCH>::new();
         let mut all = false;
         let mut stuck = false;
         while !partings.is_full() && !stuck {

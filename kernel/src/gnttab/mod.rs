@@ -34,6 +34,7 @@ use galvan_base::sync::{RankedLock, rank};
 use galvan_dom0_proto::errno::{Errno, GntStatus};
 
 use crate::domain::{Domain, DomainConfig};
+use crate::guest_access;
 use crate::hv::Hv;
 use crate::mm::PageRef;
 use crate::p2m::{Budget, P2mType};
@@ -179,11 +180,13 @@ impl Peers {
     }
 }
 
-/// Somebody has written to a page of `d` by a grant or a copy: if writes to it are to be noticed, this
-/// is one.
-fn note_write(_hv: Hv, d: &Domain, gfn: Gfn) {
-    if d.p2m.lookup(gfn).ty == P2mType::LogDirty {
-        let mut c = d.p2m.changes();
-        let _ = c.retype_one(gfn, P2mType::LogDirty, P2mType::Ram);
+/// Somebody has written to a page of `d` that was looked up some time ago: if writes to it are to be noticed, this
+/// is one. The log is turned on before the first page becomes part of it.
+pub(crate) fn note_write(hv: Hv, d: &Domain, gfn: Gfn) {
+    if !d.control.lock().log_dirty.on || d.p2m.lookup(gfn).ty != P2mType::LogDirty {
+        return;
+    }
+    if guest_access::note_write(hv, d, gfn).is_err() {
+        log::warn!("d{}: a write to {gfn:?} was not noticed", d.id);
     }
 }

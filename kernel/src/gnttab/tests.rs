@@ -581,6 +581,7 @@ fn writes_through_grants_are_noticed_while_dirtying_is_logged() {
             .unwrap();
         d1.finish(w.hv, c);
     };
+    d1.control.lock().log_dirty.on = true;
     let clean = |gfn| d1.p2m.lookup(g(gfn)).ty == P2mType::LogDirty;
     w.set_entry(&d1, 1, GTF_PERMIT_ACCESS, 0, 5);
     log(5);
@@ -597,6 +598,9 @@ fn writes_through_grants_are_noticed_while_dirtying_is_logged() {
     log(6);
     w.copy(1, copy_op(End::Own(5), 0, End::Own(6), 0, 8));
     assert!(!clean(6));
+    log(ARG >> 12);
+    w.copy(1, copy_op(End::Own(5), 0, End::Own(6), 0, 8));
+    assert!(!clean(ARG >> 12), "results are written too");
 }
 
 #[test]

@@ -15,7 +15,8 @@ use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 use super::{Args, OK, Outcome, Ret, log_unknown};
 use crate::domain::Domain;
 use crate::gnttab::{self, BATCH};
-use crate::guest_access::{Cx, read_gpa, write_gpa};
+use crate::guest_access::Cx;
+use crate::p2m::{Page, Want};
 
 /// Grant-table operations: command, array of arguments, number of elements.
 pub fn grant_table_op(cx: &mut Cx<'_>, args: Args) -> Ret {
@@ -51,21 +52,38 @@ fn batched<T>(cx: &mut Cx<'_>, args: Args, work: impl FnOnce(&mut Cx<'_>, &mut [
 where
     T: FromBytes + IntoBytes + Immutable,
 {
+    // Most calls are about one page, for which room for more need not be cleared.
+    if args[2] as u32 == 1 {
+        some::<T, 1>(cx, args, work)
+    } else {
+        some::<T, BATCH>(cx, args, work)
+    }
+}
+
+/// Does the first `N` elements of an array.
+fn some<T, const N: usize>(
+    cx: &mut Cx<'_>,
+    args: Args,
+    work: impl FnOnce(&mut Cx<'_>, &mut [T]),
+) -> Ret
+where
+    T: FromBytes + IntoBytes + Immutable,
+{
     let [cmd, uop, count, a3, a4] = args;
     let count = count as u32;
-    let now = count.min(BATCH as u32);
-    let mut ops: [T; BATCH] = FromZeros::new_zeroed();
+    let now = count.min(N as u32);
+    let mut ops: [T; N] = FromZeros::new_zeroed();
     let Some(ops) = ops.get_mut(..now as usize).filter(|o| !o.is_empty()) else {
         return OK_RET;
     };
-    let bytes = size_of_val(ops) as u64;
-    let window = Window::new(cx, uop, bytes)?;
+    let window = Window::new(cx, uop, size_of_val(ops))?;
     window.read(cx, ops.as_mut_bytes())?;
     work(cx, ops);
     window.write(cx, ops.as_bytes())?;
     if count > now {
         // The end of an array that reaches the end of the address space is its last element.
-        let rest = uop.checked_add(bytes).ok_or(Errno::EFAULT)?;
+        let done = size_of_val(ops) as u64;
+        let rest = uop.checked_add(done).ok_or(Errno::EFAULT)?;
         return Ok(Outcome::Again([cmd, rest, u64::from(count - now), a3, a4]));
     }
     OK_RET
@@ -73,49 +91,53 @@ where
 
 const OK_RET: Ret = Ok(OK);
 
-/// A piece of guest memory of at most a page, translated once.
+/// A piece of guest memory, at most a page long, looked up once and held.
 struct Window {
-    first: Gpa,
-    /// Bytes up to the end of the first page.
-    head: usize,
-    second: Option<Gpa>,
+    /// The pages, each with the offset and length of the piece in it.
+    parts: [Option<(Page, Gpa, usize)>; 2],
 }
 
 impl Window {
     /// Looks up `len` bytes at `gva` for reading and writing; EFAULT if they are not there.
-    fn new(cx: &Cx<'_>, gva: u64, len: u64) -> Result<Window, Errno> {
-        debug_assert!(len <= PAGE_SIZE as u64);
-        let first = cx.translate(gva, true)?;
-        let head = PAGE_SIZE - first.offset();
-        let second = if len > head as u64 {
-            let next = gva.checked_add(head as u64).ok_or(Errno::EFAULT)?;
-            Some(cx.translate(next, true)?)
-        } else {
-            None
+    fn new(cx: &Cx<'_>, gva: u64, len: usize) -> Result<Window, Errno> {
+        let part = |gva, len: usize| {
+            let gpa = cx.translate(gva, true)?;
+            let len = len.min(PAGE_SIZE - gpa.offset());
+            let page = cx.dom.p2m.get_page(gpa.frame(), Want::Write)?;
+            Ok::<_, Errno>((page, gpa, len))
+        };
+        let first = part(gva, len)?;
+        let second = match len - first.2 {
+            0 => None,
+            rest => {
+                let next = gva.checked_add(first.2 as u64).ok_or(Errno::EFAULT)?;
+                Some(part(next, rest)?)
+            }
         };
         Ok(Window {
-            first,
-            head,
-            second,
+            parts: [Some(first), second],
         })
     }
 
-    fn read(&self, cx: &Cx<'_>, buf: &mut [u8]) -> Result<(), Errno> {
-        let (a, b) = buf.split_at_mut(buf.len().min(self.head));
-        read_gpa(cx.hv, cx.dom, self.first, a)?;
-        match self.second {
-            Some(second) => read_gpa(cx.hv, cx.dom, second, b),
-            None => Ok(()),
+    fn read(&self, cx: &Cx<'_>, mut buf: &mut [u8]) -> Result<(), Errno> {
+        for (page, gpa, len) in self.parts.iter().flatten() {
+            let (now, rest) = buf.split_at_mut_checked(*len).ok_or(Errno::EFAULT)?;
+            let r = cx.hv.hw.read(page.mfn(), gpa.offset(), now);
+            r.map_err(|_| Errno::EFAULT)?;
+            buf = rest;
         }
+        Ok(())
     }
 
-    fn write(&self, cx: &Cx<'_>, buf: &[u8]) -> Result<(), Errno> {
-        let (a, b) = buf.split_at(buf.len().min(self.head));
-        write_gpa(cx.hv, cx.dom, self.first, a)?;
-        match self.second {
-            Some(second) => write_gpa(cx.hv, cx.dom, second, b),
-            None => Ok(()),
+    fn write(&self, cx: &Cx<'_>, mut buf: &[u8]) -> Result<(), Errno> {
+        for (page, gpa, len) in self.parts.iter().flatten() {
+            let (now, rest) = buf.split_at_checked(*len).ok_or(Errno::EFAULT)?;
+            let r = cx.hv.hw.write(page.mfn(), gpa.offset(), now);
+            r.map_err(|_| Errno::EFAULT)?;
+            gnttab::note_write(cx.hv, cx.dom, gpa.frame());
+            buf = rest;
         }
+        Ok(())
     }
 }
 
