@@ -258,19 +258,38 @@ impl Format {
         }
     }
 
+    fn is_present(self, raw: u64) -> bool {
+        match self {
+            Format::Npt => raw & NPT_P != 0,
+            Format::Ept => raw & (EPT_R | EPT_W | EPT_X) != 0,
+            Format::VtdSl => raw & (EPT_R | EPT_W) != 0,
+            Format::AmdVi => raw & VI_PR != 0,
+        }
+    }
+
+    /// The table that an entry of a table of `level` points to, if it does: what a walk asks most.
+    #[inline(always)]
+    pub(crate) fn next(self, raw: u64, level: u8) -> Option<Mfn> {
+        let table = match self {
+            Format::AmdVi => raw & VI_NEXT != 0,
+            _ => raw & PS == 0,
+        };
+        (level > 0 && table && self.is_present(raw)).then(|| Mfn::new_truncate((raw & ADDR) >> 12))
+    }
+
     /// What an entry of a table of `level` says.
     #[inline]
     pub(crate) fn decode(self, raw: u64, level: u8) -> Slot {
-        let addr = Mfn::new_truncate((raw & ADDR) >> 12);
-        let (present, table) = match self {
-            Format::Npt => (raw & NPT_P != 0, raw & PS == 0),
-            Format::Ept => (raw & (EPT_R | EPT_W | EPT_X) != 0, raw & PS == 0),
-            Format::VtdSl => (raw & (EPT_R | EPT_W) != 0, raw & PS == 0),
-            Format::AmdVi => (raw & VI_PR != 0, raw & VI_NEXT != 0),
-        };
-        if present && table && level > 0 {
-            return Slot::Table(addr);
+        match self.next(raw, level) {
+            Some(next) => Slot::Table(next),
+            None => Slot::Leaf(self.entry(raw, level)),
         }
+    }
+
+    /// What an entry that does not point to a table says.
+    pub(crate) fn entry(self, raw: u64, level: u8) -> Entry {
+        let addr = Mfn::new_truncate((raw & ADDR) >> 12);
+        let present = self.is_present(raw);
         let sw = self.decode_sw(raw);
         let (attrs, a, d) = if !present {
             (Attrs::NONE.with_sw(sw), false, false)
@@ -324,13 +343,13 @@ impl Format {
             };
             (attrs, a, d)
         };
-        Slot::Leaf(Entry {
+        Entry {
             mfn: addr,
             order: order_of(level),
             attrs,
             accessed: a,
             dirty: d,
-        })
+        }
     }
 }
 

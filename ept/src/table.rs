@@ -140,13 +140,13 @@ impl Table {
         let mut level = ROOT;
         loop {
             let raw = ours(mem.load_u64(table, offset(gfn, level)));
-            match self.format.decode(raw, level) {
-                // Entries of level 0 decode to no table.
-                Slot::Table(next) => {
+            match self.format.next(raw, level) {
+                // Entries of level 0 point to no table.
+                Some(next) => {
                     table = next;
                     level = level.saturating_sub(1);
                 }
-                Slot::Leaf(e) => return within(e, gfn, level, raw),
+                None => return within(self.format.entry(raw, level), gfn, level, raw),
             }
         }
     }
