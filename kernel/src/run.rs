@@ -197,6 +197,9 @@ pub(crate) fn serve_requests(cx: &mut Cx<'_>) {
     if asked & request::TIME != 0 {
         crate::time::write_vcpu_time(cx);
     }
+    if asked & request::STOP_PERIODIC != 0 {
+        cx.st.timers.periodic = None;
+    }
     if asked & request::NMI != 0 {
         cx.st.nmi_pending = true;
     }

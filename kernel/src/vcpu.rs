@@ -53,6 +53,8 @@ pub mod request {
     pub const UPCALL: u32 = 8;
     /// Its time information in guest memory has to be written anew.
     pub const TIME: u32 = 16;
+    /// Its periodic timer is to stop.
+    pub const STOP_PERIODIC: u32 = 32;
     /// Where the start vector stands.
     pub const SIPI_SHIFT: u32 = 8;
 }

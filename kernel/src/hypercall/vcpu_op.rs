@@ -85,7 +85,8 @@ pub fn vcpu_op(cx: &mut Cx<'_>, [cmd, vcpu, arg, ..]: Args) -> Ret {
             if own {
                 cx.st.timers.periodic = None;
             } else {
-                with_stopped(&v, |st| st.timers.periodic = None)?;
+                // Linux does this to its other CPUs while they run, when it resumes.
+                v.request(cx.hv, request::STOP_PERIODIC);
             }
             Ok(OK)
         }
@@ -284,4 +285,22 @@ pub fn vm_assist(cx: &mut Cx<'_>, [cmd, kind, ..]: Args) -> Ret {
         _ => return Err(Errno::ENOSYS),
     }
     Ok(OK)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::World;
+    use galvan_dom0_proto::xen::HYPERVISOR_VCPU_OP;
+
+    #[test]
+    fn a_vcpu_that_runs_can_have_its_periodic_timer_stopped_by_another() {
+        let w = World::new(1, 2);
+        let other = w.vcpu(0, 1);
+        other.state_of_other().timers.periodic = Some((MIN_PERIOD_NS, MIN_PERIOD_NS));
+        let args = [u64::from(VCPUOP_STOP_PERIODIC_TIMER), 1, 0, 0, 0];
+        assert_eq!(w.call(0, 0, HYPERVISOR_VCPU_OP, args), Ok(0));
+        w.with_cx(0, 1, crate::run::serve_requests);
+        assert_eq!(other.state_of_other().timers.periodic, None);
+    }
 }
