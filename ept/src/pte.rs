@@ -98,7 +98,7 @@ impl Attrs {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
     /// The machine frame of the guest frame asked about. In entries that are not present: what was
-    /// put there along with the software type, else 0.
+    /// put there along with a software type, else 0.
     pub mfn: Mfn,
     /// The size of the page the guest frame lies in, or of the hole (at most 1 GiB of it).
     pub order: PageOrder,
@@ -221,6 +221,10 @@ impl Format {
     /// the level.
     pub(crate) fn leaf(self, mfn: Mfn, level: u8, a: Attrs) -> u64 {
         let a = self.normalize(a);
+        if a == Attrs::NONE {
+            // A hole without a software type is the same wherever it comes from: an empty entry.
+            return 0;
+        }
         let raw = mfn.addr().get() | self.encode_sw(a.sw);
         if !a.read {
             return raw;

@@ -152,7 +152,8 @@ impl Table {
     }
 
     /// Maps one page at `gfn`, which replaces whatever was there, down to single pages; with attributes
-    /// that do not allow reads, leaves a hole there that remembers `mfn` and the software type.
+    /// that do not allow reads, leaves a hole there that remembers `mfn` and the software type, or
+    /// nothing where that is 0, as after [`Table::unmap`].
     ///
     /// # Errors
     /// Nothing that translated before is changed.

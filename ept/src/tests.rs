@@ -167,6 +167,15 @@ fn tree_pages(format: Format, m: &dyn HostMem, table: Mfn, level: u32) -> usize 
     n
 }
 
+/// The state of a guest frame that `a` was put on: no more than a hole if that has neither access
+/// nor a software type.
+fn placed(f: Format, mfn: u64, a: Attrs) -> (u64, Attrs) {
+    match f.normalize(a) {
+        Attrs::NONE => (0, Attrs::NONE),
+        a => (mfn, a),
+    }
+}
+
 #[derive(Clone, Debug)]
 enum Op {
     Map(u64, u64, PageOrder, Attrs),
@@ -193,12 +202,12 @@ impl Op {
             return before;
         }
         match self {
-            Op::Map(_, m, _, a) => (m + (g - start), f.normalize(*a)),
-            Op::MapRun(r, a) => (r.mfn.get() + (g - start), f.normalize(*a)),
+            Op::Map(_, m, _, a) => placed(f, m + (g - start), *a),
+            Op::MapRun(r, a) => placed(f, r.mfn.get() + (g - start), *a),
             Op::Unmap(..) | Op::UnmapRange(..) => (0, Attrs::NONE),
             Op::Change(_, _, sw, a) => {
                 if before.1 != Attrs::NONE && before.1.sw == *sw {
-                    (before.0, f.normalize(*a))
+                    placed(f, before.0, *a)
                 } else {
                     before
                 }
@@ -403,6 +412,24 @@ proptest! {
     ) {
         let max = if large { PageOrder::P2M } else { PageOrder::P4K };
         run_against_model(Format::Npt, max, &ops, step);
+    }
+}
+
+#[test]
+fn a_run_without_access_or_type_leaves_nothing_to_change() {
+    for f in FORMATS {
+        let run = |gfn_: u64, frames| Run {
+            gfn: gfn(gfn_),
+            mfn: mfn(0x4_0000),
+            frames,
+        };
+        for (at, frames) in [(0x200, 1), (0x3fd, 2)] {
+            let ops = [
+                Op::MapRun(run(at, frames), Attrs::NONE),
+                Op::Change(at, 1, 0, Attrs::RWX),
+            ];
+            run_against_model(f, PageOrder::P1G, &ops, 1);
+        }
     }
 }
 
