@@ -125,6 +125,8 @@ pub struct Domain {
     /// vCPU time of vCPUs in ns is counted per vCPU; this marks a guest that keeps failing, so that
     /// its log lines are limited.
     pub log_budget: AtomicU32,
+    /// Calls that are not implemented and were logged, by a hash of what they are.
+    unknown_logged: [AtomicU64; 4],
     /// Runstate areas are written with the update flag (`VMASST_TYPE_runstate_update_flag`).
     pub runstate_update_flag: AtomicBool,
     /// Text a guest writes to the debug port, gathered to lines.
@@ -300,6 +302,22 @@ impl Domain {
             .is_ok()
     }
 
+    /// Whether a call that is not implemented is to be logged: each once. Two calls of the same hash
+    /// share a line, which costs a line of the log and bounds what has to be remembered.
+    pub fn may_log_unknown(&self, what: &str, number: u64) -> bool {
+        // FNV-1a.
+        let bytes = what.bytes().chain(number.to_le_bytes());
+        let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
+            (h ^ u64::from(b)).wrapping_mul(0x100_0000_01b3)
+        });
+        let (word, bit) = (hash >> 32 & 3, 1 << (hash >> 40 & 63));
+        let logged = self
+            .unknown_logged
+            .get(word as usize)
+            .is_none_or(|w| w.fetch_or(bit, Ordering::Relaxed) & bit != 0);
+        !logged && self.may_log()
+    }
+
     /// Lets the guest cause log lines again.
     pub fn refill_log_budget(&self) {
         self.log_budget.store(LOG_BUDGET, Ordering::Relaxed);
@@ -399,6 +417,7 @@ impl Domain {
             hardware,
             time_offset: AtomicI64::new(0),
             log_budget: AtomicU32::new(LOG_BUDGET),
+            unknown_logged: Default::default(),
             runstate_update_flag: AtomicBool::new(false),
             debug_line: RankedLock::new(Default::default()),
             shutdown_code_hint: AtomicU32::new(SHUTDOWN_CODE_INVALID),

@@ -10,7 +10,7 @@ use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use galvan_base::hw::{CpuId, Platform};
 
-use crate::console::ConsoleRing;
+use crate::console::{ConsoleInput, ConsoleRing};
 use crate::domain::{Domain, DomainTable};
 use crate::irq::HostIrqs;
 use crate::mm::FrameTable;
@@ -36,6 +36,8 @@ pub struct Hypervisor {
     pub timers: TimerQueues,
     /// The log that `xl dmesg` shows.
     pub console: &'static ConsoleRing,
+    /// What is typed on the physical console.
+    pub input: ConsoleInput,
     /// The machine's interrupts that are given to domains.
     pub irqs: HostIrqs,
     /// Name, version and command line as guests and tools see them.

@@ -63,6 +63,7 @@ impl HostIrqs {
 /// An interrupt of the machine arrived.
 pub fn host_interrupt(hv: Hv, irq: HostIrq) {
     match irq {
+        HostIrq::Console => crate::console::typed(hv),
         HostIrq::Gsi(gsi) => {
             if let Some(d) = hv.dom0()
                 && let Some(h) = &d.hardware

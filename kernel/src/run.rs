@@ -29,6 +29,9 @@ pub fn cpu_loop(hv: Hv) -> ! {
 pub fn run_once(hv: Hv) {
     let cpu = hv.hw.cpu();
     hv.timers.expire(hv, cpu);
+    if let Some(key) = hv.input.take_key() {
+        crate::hypercall::sysctl::press(hv, key);
+    }
     match hv.sched.pick(hv, cpu) {
         Some(v) => {
             if let Some(d) = v.domain() {

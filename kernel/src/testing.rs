@@ -74,6 +74,7 @@ pub fn hypervisor(machine: &'static FakeMachine) -> Hv {
         domains: DomainTable::default(),
         sched: Scheduler::new(cpus),
         timers: TimerQueues::new(cpus),
+        input: crate::console::ConsoleInput::new(),
         console: leak(ConsoleRing::new()),
         irqs: Default::default(),
         identity: crate::xen_version::Identity::new(0x0004_0014, String::new()),

@@ -5,7 +5,6 @@ use anyhow::{Result, ensure};
 use crate::{Config, Console, Scenario, Start};
 
 const DOM0_INIT: &str = include_str!("../ramdisk/dom0-init");
-const NOT_YET: &str = "the hypervisor does not get there yet";
 
 /// All of them.
 pub const ALL: &[Scenario] = &[
@@ -48,16 +47,14 @@ pub const ALL: &[Scenario] = &[
         Start::Debian,
         600,
         dom0_debian,
-    )
-    .disabled(NOT_YET),
+    ),
     Scenario::new(
         "guest-demo",
         "the guest demo runs from boot, its console reaches a login, disk and network work",
         Start::Debian,
         1200,
         guest_demo,
-    )
-    .disabled(NOT_YET),
+    ),
 ];
 
 fn no_svm(c: &mut Console) -> Result<()> {

@@ -259,6 +259,7 @@ pub fn run() -> ! {
         sched: galvan_kernel::sched::Scheduler::new(cpus),
         timers: galvan_kernel::timer::TimerQueues::new(cpus),
         console: &crate::logger::RING,
+        input: galvan_kernel::console::ConsoleInput::new(),
         irqs: Default::default(),
         identity: galvan_kernel::xen_version::Identity::new(options.abi.version(), String::from_utf8_lossy(bytes(info.cmdline)).into_owned()),
         cpus: (0..cpus).map(|_| CpuState::default()).collect(),
@@ -273,7 +274,9 @@ pub fn run() -> ! {
     log::info!("AMD-V: {:?}", caps);
 
     let mut facts = Facts::default();
-    facts.private_ports.push((crate::serial::COM1, crate::serial::COM1 + 7));
+    if let Some(base) = crate::serial::base() {
+        facts.private_ports.push((base, base + 7));
+    }
     facts.private_mmio.push((Mpa::new_truncate(0xfee0_0000), 0x10_0000));
     for a in crate::irq::ioapics() {
         facts.private_mmio.push((a.base, PAGE));

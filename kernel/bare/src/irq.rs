@@ -1,7 +1,7 @@
 //! The machine's interrupts: vectors per CPU, IO-APIC pins, message-signalled interrupts, and the
 //! entry point of all of them.
 //!
-//! A device interrupt belongs to a domain, never to Galvan. A level-triggered pin is masked until
+//! A device interrupt belongs to a domain, never to Galvan, but for that of the serial console. A level-triggered pin is masked until
 //! the domain has ended its handling (`gsi_eoi`), so that the local APIC can be acknowledged at
 //! once. (Intel 82093AA IO-APIC data sheet; SDM "Message Signalled Interrupts".)
 
@@ -22,6 +22,8 @@ const LAST_VECTOR: u8 = 0xef;
 /// In a CPU's vector table: what kind, in the top byte, and which, below.
 const KIND_GSI: u32 = 1 << 24;
 const KIND_MSI: u32 = 2 << 24;
+/// The console's pin, the only one that is Galvan's own.
+const KIND_CONSOLE: u32 = 3 << 24;
 const INDEX: u32 = (1 << 24) - 1;
 
 /// Interrupts nobody wanted, by which lost or stray ones show.
@@ -33,6 +35,8 @@ struct Route {
     cpu: CpuId,
     vector: u8,
     level: bool,
+    /// It is Galvan's own: no domain gets this pin.
+    own: bool,
 }
 
 struct IoApic {
@@ -153,15 +157,30 @@ fn with_pin<R>(gsi: u32, f: impl FnOnce(&mut IoApic, u32) -> R) -> Option<R> {
 
 /// See [`galvan_base::hw::Platform::gsi_bind`].
 pub fn gsi_bind(gsi: u32, level: bool, active_low: bool, cpu: CpuId) -> Result<(), Exhausted> {
+    route(gsi, level, active_low, cpu, KIND_GSI | gsi & INDEX)
+}
+
+/// Takes a pin for the console's interrupt: edge-triggered ones, as serial ports of the ISA kind have.
+pub fn bind_console(gsi: u32, active_low: bool, cpu: CpuId) -> Result<(), Exhausted> {
+    route(gsi, false, active_low, cpu, KIND_CONSOLE)
+}
+
+/// Routes a pin to a CPU, with a meaning of the vector there.
+fn route(gsi: u32, level: bool, active_low: bool, cpu: CpuId, meaning: u32) -> Result<(), Exhausted> {
     let apic_id = crate::smp::apic_id(cpu).ok_or(Exhausted)?;
     if apic_id > 0xff {
         return Err(Exhausted);
     }
     with_pin(gsi, |a, pin| {
         let old = a.routes[pin as usize];
+        if old.is_some_and(|r| r.own) {
+            // Dom0's driver for a port it does not see, if it has one, hears nothing.
+            return Ok(());
+        }
+        let own = meaning == KIND_CONSOLE;
         let vector = match old {
             Some(r) if r.cpu == cpu => r.vector,
-            _ => alloc_vector(cpu, KIND_GSI | gsi & INDEX)?,
+            _ => alloc_vector(cpu, meaning)?,
         };
         a.set_masked(pin, true);
         if let Some(r) = old
@@ -169,7 +188,7 @@ pub fn gsi_bind(gsi: u32, level: bool, active_low: bool, cpu: CpuId) -> Result<(
         {
             free_vector(r.cpu, r.vector);
         }
-        a.routes[pin as usize] = Some(Route { cpu, vector, level });
+        a.routes[pin as usize] = Some(Route { cpu, vector, level, own });
         a.write(0x11 + 2 * pin, apic_id << 24);
         let low = u32::from(vector) | u32::from(active_low) << 13 | u32::from(level) << 15;
         a.write(0x10 + 2 * pin, low);
@@ -181,6 +200,9 @@ pub fn gsi_bind(gsi: u32, level: bool, active_low: bool, cpu: CpuId) -> Result<(
 /// See [`galvan_base::hw::Platform::gsi_unbind`].
 pub fn gsi_unbind(gsi: u32) {
     with_pin(gsi, |a, pin| {
+        if a.routes[pin as usize].is_some_and(|r| r.own) {
+            return;
+        }
         a.set_masked(pin, true);
         if let Some(r) = a.routes[pin as usize].take() {
             free_vector(r.cpu, r.vector);
@@ -259,6 +281,7 @@ pub fn interrupt(vector: u8) {
             Some(HostIrq::Gsi(gsi))
         }
         KIND_MSI => Some(HostIrq::Msi(meaning & INDEX)),
+        KIND_CONSOLE => Some(HostIrq::Console),
         _ => None,
     };
     apic::eoi();

@@ -2,6 +2,8 @@
 //!
 //! Owns COM1 (or the port that `com1=` names) from the first instruction on; dom0 does not see it.
 
+use core::sync::atomic::{AtomicU16, Ordering};
+
 use galvan_base::sync::RankedLock;
 use uart_16550::{BaudRate, Config, Uart16550, backend::PioBackend};
 
@@ -11,6 +13,9 @@ pub const COM1: u16 = 0x3f8;
 /// How often a full FIFO is tried again before the byte is dropped: at 9600 baud a 16-byte FIFO
 /// needs about 17 ms; a port access takes about a microsecond.
 const PATIENCE: u32 = 100_000;
+
+/// The port in use, 0 before there is one.
+static BASE: AtomicU16 = AtomicU16::new(0);
 
 static UART: RankedLock<
     Option<Uart16550<PioBackend>>,
@@ -32,6 +37,7 @@ pub fn init(base: u16, baud: u32) -> bool {
         return false;
     }
     *UART.lock() = Some(uart);
+    BASE.store(base, Ordering::Relaxed);
     true
 }
 
@@ -45,6 +51,21 @@ pub fn write(text: &[u8]) {
             put(uart, b'\r');
         }
         put(uart, b);
+    }
+}
+
+/// Where the port in use is.
+pub fn base() -> Option<u16> {
+    match BASE.load(Ordering::Relaxed) {
+        0 => None,
+        base => Some(base),
+    }
+}
+
+/// Lets the port interrupt when something was received.
+pub fn listen() {
+    if let Some(uart) = UART.lock().as_mut() {
+        uart.enable_interrupts(uart_16550::spec::registers::IER::DATA_READY);
     }
 }
 
@@ -73,12 +94,13 @@ pub unsafe fn write_in_panic(text: &[u8]) {
         core::hint::spin_loop();
     }
     // The holder is not coming back: the registers may be used without the lock.
+    let base = base().unwrap_or(COM1);
     for &b in text {
         for _ in 0..PATIENCE {
             // SAFETY: reading the line status and writing the transmit register of a UART.
             unsafe {
-                if crate::cpu::port_in(COM1 + 5, 1) & 0x20 != 0 {
-                    crate::cpu::port_out(COM1, 1, u32::from(b));
+                if crate::cpu::port_in(base + 5, 1) & 0x20 != 0 {
+                    crate::cpu::port_out(base, 1, u32::from(b));
                     break;
                 }
             }

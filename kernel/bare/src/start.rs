@@ -13,7 +13,7 @@ use galvan_base::hw::EcamWindow;
 use galvan_base::{Mpa, PAGE_SIZE};
 use galvan_boot::info::{BootInfo, MemoryKind, MemoryMap, PhysRange};
 use galvan_kernel::cmdline::Options;
-use galvan_kernel::dom0_build::acpi::host::{HostAcpi, Register};
+use galvan_kernel::dom0_build::acpi::host::{HostAcpi, Madt, Register};
 use spin::Once;
 
 /// What the loader handed over, copied out of its memory.
@@ -162,6 +162,7 @@ extern "C" fn on_own_stack() -> ! {
     crate::apic::calibrate_timer();
     let ioapics = acpi.and_then(|a| a.madt.as_ref()).map_or(&[][..], |m| &m.ioapics);
     crate::irq::init(ioapics.iter().map(|i| (i.id, Mpa::new_truncate(u64::from(i.address)), i.gsi_base)));
+    listen_to_console(acpi.and_then(|a| a.madt.as_ref()));
     let ecam: Vec<EcamWindow> = acpi.map_or_else(Vec::new, |a| a.ecam.clone());
     crate::pci::init(ecam);
 
@@ -175,6 +176,28 @@ extern "C" fn on_own_stack() -> ! {
     log::info!("{cpus} CPUs");
     crate::iommu::init();
     crate::dom0::run()
+}
+
+/// The usual interrupts of the serial ports, by base address.
+const SERIAL_IRQS: [(u16, u8); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8, 3)];
+
+/// Takes the serial port's interrupt, so that dom0 hears what is typed.
+fn listen_to_console(madt: Option<&Madt>) {
+    let Some(base) = crate::serial::base() else { return };
+    let usual = SERIAL_IRQS.iter().find(|(b, _)| *b == base).map(|(_, irq)| *irq);
+    let irq = options().com[0].and_then(|c| c.irq).or(usual).filter(|irq| *irq != 0);
+    let Some(irq) = irq else {
+        log::warn!("serial port {base:#x}: interrupt unknown (com1=...,IRQ): nothing can be typed there");
+        return;
+    };
+    let moved = madt.and_then(|m| m.overrides.iter().find(|o| o.isa_irq == irq));
+    let gsi = moved.map_or(u32::from(irq), |o| o.gsi);
+    let active_low = moved.is_some_and(|o| o.is_active_low());
+    if crate::irq::bind_console(gsi, active_low, galvan_base::hw::CpuId(0)).is_err() {
+        log::warn!("serial port {base:#x}: no IO-APIC has GSI {gsi}: nothing can be typed there");
+        return;
+    }
+    crate::serial::listen();
 }
 
 /// A page for the start code of CPUs: real mode reaches it, and nobody else needs it now.

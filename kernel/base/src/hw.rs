@@ -206,6 +206,8 @@ pub enum HostIrq {
     Gsi(u32),
     /// A message-signalled interrupt, by the index [`Platform::msi_alloc`] gave.
     Msi(u32),
+    /// Something was typed on the physical console ([`Platform::console_read`]).
+    Console,
 }
 
 /// Where a device must write to raise a message-signalled interrupt.

@@ -54,14 +54,11 @@ fn read(cx: &mut Cx<'_>, count: u64, buffer: u64) -> Ret {
         return Err(Errno::EPERM);
     }
     let mut text = [0u8; 128];
-    let mut n = 0;
-    for slot in text.iter_mut().take(count as usize) {
-        let Some(b) = cx.hv.hw.console_read() else {
-            break;
-        };
-        *slot = b;
-        n += 1;
-    }
+    let wanted = (count as usize).min(text.len());
+    let text = text.get_mut(..wanted).ok_or(Errno::EINVAL)?;
+    // A buffer that cannot be written must not cost what was typed.
+    cx.write_bytes(buffer, text)?;
+    let n = cx.hv.input.read(text);
     if let Some(t) = text.get(..n) {
         cx.write_bytes(buffer, t)?;
     }

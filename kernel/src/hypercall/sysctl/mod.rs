@@ -13,6 +13,7 @@ use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::physdev::PhysdevPciDevice;
 use galvan_dom0_proto::sysctl::*;
 
+pub(crate) use self::keys::press;
 use super::domctl::Step;
 use super::{Args, OK, Ret, bitmap, log_unknown, policy_out};
 use crate::cpu_policy::{FeatureSet, MAX_LEAVES, MAX_MSRS};
