@@ -203,10 +203,14 @@ impl Console {
         let found = self
             .expect(&format!(r"(?s)\A(.*?)@@end-{n}-(\d+)"), seconds)
             .with_context(|| format!("`{command}` did not end"))?;
-        let lines = found[1]
+        // The hypervisor's lines come between, even within a line of dom0's.
+        let hypervisor = Regex::new(r"\(galvan\) \[[^\n]*\n?").expect("a constant");
+        let output = hypervisor
+            .replace_all(&found[1], "")
             .lines()
-            .filter(|line| !line.trim_start().starts_with('>'));
-        let output = lines.collect::<Vec<_>>().join("\n");
+            .filter(|line| !line.trim_start().starts_with('>'))
+            .collect::<Vec<_>>()
+            .join("\n");
         Ok((found[2].parse()?, output))
     }
 
@@ -351,6 +355,8 @@ mod tests {
         let (mut child, mut console) = shell("exec sh");
         assert_eq!(console.run("echo a; echo b", 10).unwrap(), "a\nb");
         assert_eq!(console.status_of("false", 10).unwrap().0, 1);
+        let between = "printf 'ha'; echo '(galvan) [ 1.5] d1: created'; echo sh";
+        assert_eq!(console.run(between, 10).unwrap(), "hash");
         let fault = console
             .run("echo why; exit_with() { return 7; }; exit_with", 10)
             .unwrap_err();

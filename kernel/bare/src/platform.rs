@@ -11,7 +11,7 @@ use galvan_base::hw::{
     EcamWindow, Exhausted, HostIrq, HostMem, HwVcpu, IoApicInfo, Iommu, MemFault, MsiTarget, Sbdf, Stage2Format, TscScale,
     VcpuConfig,
 };
-use galvan_base::{CpuId, Mfn, Mpa, PAGE_SIZE, PageOrder, Platform};
+use galvan_base::{CpuId, Mfn, Mpa, PageOrder, Platform};
 use galvan_kernel::hv::{Hv, Hypervisor};
 use galvan_kernel::mm::Owner;
 use galvan_svm::{PageSource, PhysPage, Svm};

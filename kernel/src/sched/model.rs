@@ -379,7 +379,9 @@ fn assert_fair(ran: &[u64], weights: &[u32], cpus: u32, ns: u64) {
 fn hogs_share_one_cpu_by_weight() {
     let weights = [256, 512, 1024, 256];
     let mut s = Sim::new(1);
-    weights.iter().for_each(|w| drop(s.hog(*w)));
+    weights.iter().for_each(|w| {
+        s.hog(*w);
+    });
     for _ in 0..5 {
         let ran = s.measure(SEC);
         for (r, d) in ran.iter().zip(due(&weights, 1, SEC)) {
@@ -392,7 +394,9 @@ fn hogs_share_one_cpu_by_weight() {
 #[test]
 fn three_equal_hogs_share_two_cpus() {
     let mut s = Sim::new(2);
-    (0..3).for_each(|_| drop(s.hog(256)));
+    (0..3).for_each(|_| {
+        s.hog(256);
+    });
     s.measure(SEC);
     for _ in 0..5 {
         let ran = s.measure(SEC);
@@ -431,7 +435,9 @@ fn a_unit_due_more_than_a_cpu_gets_one_and_no_grudge() {
 #[test]
 fn a_sleeper_gets_the_cpu_within_the_rate_limit() {
     let mut s = Sim::new(2);
-    (0..4).for_each(|_| drop(s.hog(256)));
+    (0..4).for_each(|_| {
+        s.hog(256);
+    });
     let share = s.share(256, 0);
     let io = s.add(
         &share,
@@ -911,7 +917,9 @@ proptest! {
         weights in proptest::collection::vec(64u32..1024, 1..14),
     ) {
         let mut s = Sim::new(cpus);
-        weights.iter().for_each(|w| drop(s.hog(*w)));
+        weights.iter().for_each(|w| {
+        s.hog(*w);
+    });
         s.measure(SEC);
         for _ in 0..2 {
             let ran = s.measure(SEC);
