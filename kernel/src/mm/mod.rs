@@ -192,6 +192,8 @@ pub struct FrameTable {
     free: AtomicU64,
     /// Those of them that are dirty.
     dirty: AtomicU64,
+    /// Free frames that some CPU has taken out of the heap to scrub them; changed under its lock.
+    scrubbing: AtomicU64,
     heap: RankedLock<Heap, { rank::FRAMES }>,
 }
 
@@ -263,6 +265,7 @@ impl FrameTable {
             spans,
             free: AtomicU64::new(0),
             dirty: AtomicU64::new(0),
+            scrubbing: AtomicU64::new(0),
             heap: RankedLock::new(Heap::new()),
         };
         let reserved = tidy(reserved);
@@ -299,12 +302,14 @@ impl FrameTable {
 
     /// Free frames.
     pub fn free_frames(&self) -> u64 {
-        self.free.load(Ordering::Relaxed)
+        let _both_at_once = self.heap.lock();
+        self.free.load(Ordering::Relaxed) + self.scrubbing.load(Ordering::Relaxed)
     }
 
     /// Free frames that are yet to be scrubbed.
     pub fn dirty_frames(&self) -> u64 {
-        self.dirty.load(Ordering::Relaxed)
+        let _both_at_once = self.heap.lock();
+        self.dirty.load(Ordering::Relaxed) + self.scrubbing.load(Ordering::Relaxed)
     }
 
     /// The number after that of the last frame of RAM.
@@ -393,7 +398,7 @@ impl FrameTable {
     /// Gives `owner` a block, each of its frames with one reference. What earlier owners left in
     /// it is gone; otherwise the contents are undefined.
     pub fn alloc(&self, order: PageOrder, owner: Owner) -> Result<Mfn, Exhausted> {
-        let (m, dirty) = {
+        let (m, dirty) = loop {
             let mut heap = self.heap.lock();
             let mut found = None;
             // Memory below 4 GiB last: some devices reach no other.
@@ -406,7 +411,15 @@ impl FrameTable {
                     break;
                 }
             }
-            found.ok_or(Exhausted)?
+            if let Some(found) = found {
+                break found;
+            }
+            // What is being scrubbed is free: it is back in the time it takes to zero it.
+            if order != PageOrder::P4K || self.scrubbing.load(Ordering::Relaxed) == 0 {
+                return Err(Exhausted);
+            }
+            drop(heap);
+            core::hint::spin_loop();
         };
         self.hand_out(m, order, dirty, owner);
         Ok(Mfn::new_truncate(m))
@@ -576,16 +589,22 @@ impl FrameTable {
     /// Zeroes one dirty block of at most `max` and makes it clean. True if it did; false if
     /// there was nothing to do. For idle time; takes the time of zeroing `max`.
     pub fn scrub(&self, max: PageOrder) -> bool {
-        let taken = self.heap.lock().take_dirty(self, max.get());
-        let Some((m, order)) = taken else {
-            return false;
+        let (m, count) = {
+            let mut heap = self.heap.lock();
+            let Some((m, order)) = heap.take_dirty(self, max.get()) else {
+                return false;
+            };
+            self.scrubbing.fetch_add(1 << order, Ordering::Relaxed);
+            (m, 1 << order)
         };
-        let frames = m..m + (1 << order);
+        let frames = m..m + count;
         for m in frames.clone() {
             self.zero(Mfn::new_truncate(m));
         }
         self.set(m, Word::new(State::FreeTail));
-        self.heap.lock().free_run(self, frames, false);
+        let mut heap = self.heap.lock();
+        heap.free_run(self, frames, false);
+        self.scrubbing.fetch_sub(count, Ordering::Relaxed);
         true
     }
 

@@ -202,6 +202,33 @@ fn scrubbing_joins_the_blocks_again() {
 }
 
 #[test]
+fn what_is_being_scrubbed_counts_as_free_and_can_be_had() {
+    let (_, t) = table(&[0..64], &[]);
+    let all = t.free_frames();
+    std::thread::scope(|s| {
+        for cpu in 0..3 {
+            let t = &t;
+            s.spawn(move || {
+                for _ in 0..300 {
+                    // Everything is dirty and one CPU or another has it in hand.
+                    let Ok(f) = t.alloc(order(0), Owner::Guest(cpu)) else {
+                        panic!("no frame although nearly all are free");
+                    };
+                    t.release(f, 1, Owner::Guest(cpu)).unwrap();
+                    assert!((all - 2..=all).contains(&t.free_frames()));
+                }
+            });
+        }
+        s.spawn(|| {
+            for _ in 0..3000 {
+                t.scrub(order(6));
+            }
+        });
+    });
+    assert_eq!(t.free_frames(), all);
+}
+
+#[test]
 fn a_frame_changes_owner_only_while_nobody_else_uses_it() {
     let (_, t) = table(&[0..16], &[]);
     let f = t.alloc(order(0), Owner::Guest(1)).unwrap();
