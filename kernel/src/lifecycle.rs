@@ -241,7 +241,8 @@ pub fn info(hv: Hv, d: &Domain) -> XenDomctlGetdomaininfo {
     i.domain = DomId(d.id);
     i.flags = flags | reason << XEN_DOMINF_SHUTDOWNSHIFT;
     i.tot_pages = d.tot_pages.load(Ordering::Relaxed);
-    i.max_pages = d.max_pages.load(Ordering::Relaxed);
+    // Tools read the largest 32-bit number as "no limit".
+    i.max_pages = d.max_pages.load(Ordering::Relaxed).min(u64::from(u32::MAX));
     i.outstanding_pages = outstanding(d);
     i.shared_info_frame = d.shared_info_gfn().map_or(u64::MAX, |g| g.get());
     i.nr_online_vcpus = online;

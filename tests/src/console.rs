@@ -12,7 +12,7 @@ use regex::{Captures, Regex};
 use crate::text::Plain;
 
 /// What ends any dialogue at once: the hypervisor or dom0's kernel has given up.
-const FATAL: &str = r"(?i)galvan[^\n]{0,40}panic|hypervisor panic|kernel panic - not syncing";
+const FATAL: &str = r"(?i)galvan (has panicked|has crashed|cannot start)[^\n]*|kernel panic - not syncing[^\n]*";
 
 /// Why a dialogue failed.
 #[derive(Debug)]
@@ -83,6 +83,7 @@ pub struct Console {
     limit: Instant,
     fatal: Option<Regex>,
     commands: u32,
+    findings: Vec<String>,
 }
 
 impl fmt::Debug for Console {
@@ -123,6 +124,7 @@ impl Console {
             limit: start + limit,
             fatal: Regex::new(FATAL).ok(),
             commands: 0,
+            findings: Vec::new(),
         }
     }
 
@@ -227,6 +229,17 @@ impl Console {
             .into());
         }
         Ok(output)
+    }
+
+    /// A number worth telling beside the verdict, such as a time; it goes into the log as well.
+    pub fn finding(&mut self, text: &str) {
+        self.note(text);
+        self.findings.push(text.to_owned());
+    }
+
+    /// All findings so far.
+    pub fn findings(&self) -> &[String] {
+        &self.findings
     }
 
     /// Writes a line of our own into the log.

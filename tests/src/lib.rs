@@ -5,9 +5,11 @@
 //! dialogue itself ([`Console`]) knows nothing of emulators and would do with a real serial port.
 
 mod console;
+mod echo;
 mod scenario;
 pub mod scenarios;
 mod text;
 
+pub use echo::Echo;
 pub use console::{Console, Fault};
-pub use scenario::{Config, Scenario, Start};
+pub use scenario::{Bus, Config, Scenario, Start};

@@ -25,10 +25,24 @@ pub struct Scenario {
     pub cpu: Option<&'static str>,
     /// Whether the machine has an IOMMU.
     pub iommu: bool,
+    /// The controller of Debian's disk.
+    pub bus: Bus,
+    /// Whether Debian 12's kernel for guests is on the EFI system partition, as `vmlinuz-12` and
+    /// `initrd-12.img`.
+    pub old_kernel: bool,
     /// Seconds after which the machine is switched off, whatever it does.
     pub limit: u64,
     /// The dialogue.
     pub talk: fn(&mut Console) -> Result<()>,
+}
+
+/// A disk controller.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Bus {
+    /// NVMe.
+    Nvme,
+    /// AHCI.
+    Ahci,
 }
 
 /// What the machine starts from.
@@ -78,6 +92,8 @@ impl Scenario {
             mem: 4096,
             cpu: None,
             iommu: true,
+            bus: Bus::Nvme,
+            old_kernel: false,
             limit,
             talk,
         }
@@ -104,6 +120,18 @@ impl Scenario {
     /// With another number of processors.
     pub const fn smp(mut self, smp: u32) -> Self {
         self.smp = smp;
+        self
+    }
+
+    /// With Debian 12's kernel for guests.
+    pub const fn with_old_kernel(mut self) -> Self {
+        self.old_kernel = true;
+        self
+    }
+
+    /// With Debian's disk on AHCI.
+    pub const fn on_ahci(mut self) -> Self {
+        self.bus = Bus::Ahci;
         self
     }
 

@@ -86,6 +86,7 @@ pub fn boot(args: Args) -> Result<()> {
         config_name: config_name.to_owned(),
         kernel: args.kernel,
         initrd: args.initrd,
+        more: Vec::new(),
     };
     std::fs::create_dir_all(paths::out())?;
     let image = paths::out().join(format!("boot-{}.img", std::process::id()));

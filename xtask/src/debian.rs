@@ -14,13 +14,16 @@ use crate::cache::{self, Key};
 use crate::sh;
 
 /// The release that dom0 and the guest are.
-pub const SUITE: &str = "trixie";
+const SUITE: &str = "trixie";
+/// The one before it.
+const OLD_SUITE: &str = "bookworm";
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 const FALLBACK_MIRROR: &str = "http://deb.debian.org/debian";
 
 /// A mirror of the Debian archive, with apt set up to read it.
 #[derive(Debug)]
 pub struct Archive {
+    suite: &'static str,
     dir: PathBuf,
     mirror: String,
 }
@@ -28,22 +31,32 @@ pub struct Archive {
 impl Archive {
     /// The machine's own mirror (or the one that `GALVAN_MIRROR` names), its lists fetched once.
     pub fn open() -> Result<Self> {
+        Self::open_suite(SUITE)
+    }
+
+    /// The release before the one that dom0 and the guest are.
+    pub fn open_old() -> Result<Self> {
+        Self::open_suite(OLD_SUITE)
+    }
+
+    fn open_suite(suite: &'static str) -> Result<Self> {
         let mirror = mirror();
-        let key = Key::new().add(SUITE).add(&mirror);
+        let key = Key::new().add(suite).add(&mirror);
         let dir = cache::cached("apt", key, "", |dir| {
             fs::create_dir_all(dir.join("lists/partial"))?;
             fs::create_dir_all(dir.join("cache/archives/partial"))?;
             let archive = Self {
+                suite,
                 dir: dir.to_owned(),
                 mirror: mirror.clone(),
             };
             fs::write(archive.sources(), archive.sources_text())?;
             sh::step(
-                &format!("package lists of Debian {SUITE} from {mirror}"),
+                &format!("package lists of Debian {suite} from {mirror}"),
                 archive.apt("apt-get").args(["-qq", "update"]),
             )
         })?;
-        Ok(Self { dir, mirror })
+        Ok(Self { suite, dir, mirror })
     }
 
     fn sources(&self) -> PathBuf {
@@ -52,8 +65,8 @@ impl Archive {
 
     fn sources_text(&self) -> String {
         format!(
-            "Types: deb\nURIs: {}\nSuites: {SUITE}\nComponents: main\nSigned-By: {KEYRING}\n",
-            self.mirror
+            "Types: deb\nURIs: {}\nSuites: {}\nComponents: main\nSigned-By: {KEYRING}\n",
+            self.mirror, self.suite
         )
     }
 
@@ -89,7 +102,7 @@ impl Archive {
 
     /// The contents of `package`, unpacked below a directory of the cache; nothing of it is run.
     pub fn unpacked(&self, package: &str) -> Result<PathBuf> {
-        let key = Key::new().add(SUITE).add(&self.mirror);
+        let key = Key::new().add(self.suite).add(&self.mirror);
         cache::cached(package, key, "", |dir| {
             let debs = sh::scratch("debs")?;
             fs::create_dir_all(&debs)?;
@@ -121,7 +134,7 @@ impl Archive {
             "path-exclude=/usr/share/info/*",
             "path-exclude=/usr/share/qemu/*.dtb",
         ];
-        let mut key = Key::new().add(SUITE).add(&self.mirror);
+        let mut key = Key::new().add(self.suite).add(&self.mirror);
         for input in packages.iter().chain(hooks).chain(&DPKG) {
             key = key.add(input);
         }
@@ -136,7 +149,7 @@ impl Archive {
                 mmdebstrap.arg(format!("--customize-hook={hook}"));
             }
             mmdebstrap
-                .arg(SUITE)
+                .arg(self.suite)
                 .arg(tar)
                 .arg(self.sources())
                 // What the caller's session says about locales and temporary files is not for it.
@@ -144,7 +157,8 @@ impl Archive {
                 .env_remove("TMPDIR");
             sh::step(
                 &format!(
-                    "Debian {SUITE} root for {name} ({} packages and what they need)",
+                    "Debian {} root for {name} ({} packages and what they need)",
+                    self.suite,
                     packages.len()
                 ),
                 &mut mmdebstrap,

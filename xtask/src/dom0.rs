@@ -228,6 +228,14 @@ pub fn ssh_key() -> Result<(PathBuf, String)> {
     Ok((path.join("key"), public))
 }
 
+/// Debian 12's kernel and an initrd for guests under it.
+pub fn old_guest_kernel() -> Result<(PathBuf, PathBuf)> {
+    let linux = Linux::fetch(&Archive::open_old()?)?;
+    let busybox = debian::busybox(&Archive::open()?)?;
+    let initrd = initrd::with_modules("guest", &linux, &busybox, initrd::GUEST_MODULES)?;
+    Ok((linux.image(), initrd))
+}
+
 /// The kernel and a test ramdisk (its init script's text is `init`), for scenarios without a disk.
 pub fn ramdisk(name: &str, init: &str) -> Result<(PathBuf, PathBuf)> {
     let archive = Archive::open()?;

@@ -24,6 +24,8 @@ pub struct Contents {
     pub kernel: PathBuf,
     /// dom0's initrd.
     pub initrd: Option<PathBuf>,
+    /// More files and their names.
+    pub more: Vec<(PathBuf, &'static str)>,
 }
 
 /// The text of a `galvan.cfg` with one entry.
@@ -41,7 +43,8 @@ impl Contents {
     /// Bytes that the files take.
     fn bytes(&self) -> Result<u64> {
         let mut sum = self.config.len() as u64;
-        for file in [&self.efi, &self.kernel].into_iter().chain(&self.initrd) {
+        let more = self.more.iter().map(|(file, _)| file);
+        for file in [&self.efi, &self.kernel].into_iter().chain(&self.initrd).chain(more) {
             sum += std::fs::metadata(file)
                 .with_context(|| format!("cannot read {}", file.display()))?
                 .len();
@@ -90,6 +93,7 @@ pub fn fill(image: &Path, offset: u64, contents: &Contents) -> Result<()> {
     if let Some(initrd) = &contents.initrd {
         files.push((initrd, "initrd.img"));
     }
+    files.extend(contents.more.iter().map(|(file, name)| (&**file, *name)));
     for (from, name) in files {
         sh::quiet(
             Command::new("mcopy")

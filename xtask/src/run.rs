@@ -80,6 +80,7 @@ impl Hypervisor {
             config_name: self.config_name.to_owned(),
             kernel: kernel.to_owned(),
             initrd: Some(initrd.to_owned()),
+            more: Vec::new(),
         }
     }
 }

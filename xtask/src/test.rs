@@ -7,7 +7,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use galvan_tests::{Config, Console, Scenario, Start, scenarios};
+use galvan_tests::{Bus, Config, Console, Scenario, Start, scenarios};
 
 use crate::dom0::{self, Dom0};
 use crate::run::Hypervisor;
@@ -162,12 +162,14 @@ fn machines(chosen: &[&Scenario], stock: bool, count: &mut Count) -> Result<()> 
         print!("machine {} ... ", scenario.name);
         std::io::stdout().flush()?;
         let start = Instant::now();
-        let result = perform(scenario, &boot, &log);
+        let mut findings = Vec::new();
+        let result = perform(scenario, &boot, &log, &mut findings);
         let took = start.elapsed().as_secs_f32();
         match result {
             Ok(()) => {
                 count.passed += 1;
-                println!("ok ({took:.1} s)");
+                findings.insert(0, format!("{took:.1} s"));
+                println!("ok ({})", findings.join("; "));
             }
             Err(error) => {
                 count.failed += 1;
@@ -224,7 +226,12 @@ impl Parts {
                     &dom0.kernel,
                     &dom0.initrd,
                 );
-                image::for_emulator(&adjusted(contents), dom0)
+                let mut contents = adjusted(contents);
+                if scenario.old_kernel {
+                    let (kernel, initrd) = dom0::old_guest_kernel()?;
+                    contents.more = vec![(kernel, "vmlinuz-12"), (initrd, "initrd-12.img")];
+                }
+                image::for_emulator(&contents, dom0)
             }
         }
     }
@@ -240,13 +247,19 @@ impl Drop for Running {
     }
 }
 
-fn perform(scenario: &Scenario, disk: &Path, log: &Path) -> Result<()> {
+/// Plays a scenario; its findings are given even if it fails.
+fn perform(
+    scenario: &Scenario,
+    disk: &Path,
+    log: &Path,
+    findings: &mut Vec<String>,
+) -> Result<()> {
     let log_file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
     let mut machine = qemu::Machine::new(disk);
     machine.accel = qemu::Accel::Tcg;
     machine.boot_bus = match scenario.start {
-        Start::Ramdisk(_) => qemu::DiskBus::Ahci,
-        Start::Debian => qemu::DiskBus::Nvme,
+        Start::Debian if scenario.bus == Bus::Nvme => qemu::DiskBus::Nvme,
+        Start::Debian | Start::Ramdisk(_) => qemu::DiskBus::Ahci,
     };
     machine.smp = scenario.smp;
     machine.mem = scenario.mem;
@@ -265,6 +278,7 @@ fn perform(scenario: &Scenario, disk: &Path, log: &Path) -> Result<()> {
     let mut console = Console::new(input, output, Some(log_file), limit);
     let result = (scenario.talk)(&mut console);
     drop(running);
+    findings.extend_from_slice(console.findings());
     drop(console);
     result
 }

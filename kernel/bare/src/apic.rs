@@ -126,15 +126,6 @@ pub fn init_this_cpu() {
     write(TIMER_DIVIDE, 0b0011);
 }
 
-/// The calling CPU's APIC id.
-pub fn id() -> u32 {
-    if X2.load(Ordering::Relaxed) {
-        read(ID)
-    } else {
-        read(ID) >> 24
-    }
-}
-
 /// Ends the interrupt being handled.
 pub fn eoi() {
     write(EOI, 0);

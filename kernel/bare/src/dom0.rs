@@ -59,11 +59,6 @@ fn frames_touched(r: &Range<u64>) -> Range<Mfn> {
     Mfn::new_truncate(r.start / PAGE)..Mfn::new_truncate(r.end.div_ceil(PAGE))
 }
 
-fn intersect(a: &Range<u64>, b: &Range<u64>) -> Option<Range<u64>> {
-    let r = a.start.max(b.start)..a.end.min(b.end);
-    (r.start < r.end).then_some(r)
-}
-
 /// Memory at a physical address, to be written during start-up.
 ///
 /// # Safety
@@ -83,12 +78,11 @@ unsafe fn move_memory(to: u64, from: u64, len: u64) {
     unsafe { core::ptr::copy(from, to, len as usize) };
 }
 
-/// Says why the machine cannot go on, and stops it: there is no loader to go back to.
+/// Says why the machine cannot go on, and ends: there is no loader to go back to.
 macro_rules! give_up {
-    ($($arg:tt)*) => {{
-        log::error!($($arg)*);
-        panic!("dom0 cannot be started");
-    }};
+    ($($arg:tt)*) => {
+        crate::panic::give_up(format_args!($($arg)*))
+    };
 }
 
 /// What guests may see of the processor.
@@ -145,7 +139,7 @@ pub fn run() -> ! {
     let kernel_file = bytes(kernel_module.data);
     let kernel = match Kernel::parse(kernel_file) {
         Ok(k) => k,
-        Err(e) => give_up!("dom0's kernel: {e}"),
+        Err(e) => give_up!("the file of kernel= in galvan.cfg: {e}"),
     };
     let ramdisk = info.ramdisk().map_or(0..0, |m| range(m.data));
     let cmdline: Vec<u8> = bytes_of(kernel_module.cmdline).to_vec();
@@ -175,7 +169,7 @@ pub fn run() -> ! {
     // SAFETY: free memory by the map, which nobody has been given.
     let image_bytes = unsafe { memory(&unpacked) };
     if let Err(e) = kernel.unpack(image_bytes) {
-        give_up!("dom0's kernel: {e}");
+        give_up!("the file of kernel= in galvan.cfg: {e}");
     }
     log::info!(
         "dom0's kernel: {} {} KiB, unpacked {} KiB in {} ms",
@@ -186,7 +180,7 @@ pub fn run() -> ! {
     );
     let image = match Image::parse(image_bytes) {
         Ok(i) => i,
-        Err(e) => give_up!("dom0's kernel: {e}"),
+        Err(e) => give_up!("the file of kernel= in galvan.cfg: {e}"),
     };
     busy.push(unpacked.start..unpacked.end.next_multiple_of(PAGE));
 

@@ -43,6 +43,14 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     // SAFETY: reads a register.
     unsafe { core::arch::asm!("mov {}, rbp", out(reg) rbp, options(nomem, nostack)) };
     backtrace(0, rbp);
+    place();
+    end()
+}
+
+/// Ends because of what the machine is or what it was told, and not by a fault of Galvan's.
+pub fn give_up(why: fmt::Arguments<'_>) -> ! {
+    begin();
+    let _ = writeln!(LastWords, "\n*** Galvan cannot start dom0: {why}");
     end()
 }
 
@@ -52,6 +60,7 @@ pub fn exception(frame: &crate::traps::Frame) -> ! {
     let _ = writeln!(LastWords, "\n*** Galvan has crashed: {frame}");
     let (rip, rbp) = frame.rip_rbp();
     backtrace(rip, rbp);
+    place();
     end()
 }
 
@@ -66,13 +75,17 @@ fn begin() {
     }
 }
 
-fn end() -> ! {
+/// Where it happened.
+fn place() {
     let _ = writeln!(
         LastWords,
         "    on CPU {}, running {}",
         crate::smp::cpu_or_zero(),
         crate::platform::running()
     );
+}
+
+fn end() -> ! {
     if NOREBOOT.load(Ordering::Relaxed) {
         let _ = writeln!(LastWords, "*** Stopped (noreboot).");
         crate::cpu::halt_forever();

@@ -31,8 +31,6 @@ const IST_PAGES: usize = 4;
 pub struct PerCpu {
     /// Which CPU this is.
     pub id: CpuId,
-    /// Its local APIC id.
-    pub apic_id: u32,
     /// Descriptor tables.
     pub gdt: GlobalDescriptorTable,
     /// Task state: the IST stacks.
@@ -69,7 +67,7 @@ pub fn ist_top(i: usize) -> u64 {
 
 /// Makes the area and stacks of a CPU and the table that maps them; gives both. Runs on the boot
 /// CPU.
-pub fn create(id: CpuId, apic_id: u32) -> (Mpa, Mpa) {
+pub fn create(id: CpuId) -> (Mpa, Mpa) {
     let area = crate::bootmem::alloc(AREA_PAGES);
     let mut pages = alloc::vec::Vec::new();
     let mut add = |offset: u64, first: Mpa, n: usize| {
@@ -86,7 +84,6 @@ pub fn create(id: CpuId, apic_id: u32) -> (Mpa, Mpa) {
     let root = crate::paging::new_cpu_root(pages.into_iter());
     let value = PerCpu {
         id,
-        apic_id,
         gdt: GlobalDescriptorTable::new(),
         tss: TaskStateSegment::new(),
         vectors: [const { AtomicU32::new(0) }; 256],

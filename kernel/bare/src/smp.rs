@@ -114,7 +114,7 @@ unsafe extern "C" {
 pub fn init(apic_ids: &[u32], then: extern "C" fn() -> !) -> ! {
     let mut list = Vec::new();
     for (n, &apic_id) in apic_ids.iter().enumerate() {
-        let (area, root) = crate::percpu::create(CpuId(n as u32), apic_id);
+        let (area, root) = crate::percpu::create(CpuId(n as u32));
         list.push(Cpu {
             apic_id,
             area,

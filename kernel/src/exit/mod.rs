@@ -106,9 +106,14 @@ fn inject(cx: &mut Cx<'_>, e: Event) -> Next {
 
 /// Writes to the log where a crashed guest was and what it was doing.
 pub fn report_crash(cx: &Cx<'_>, exit: Exit, reason: &str) {
+    log::error!("{:?}: {reason}: {exit:x?}", cx.vcpu);
+    log_registers(cx);
+}
+
+/// Writes a guest's registers to the log.
+pub fn log_registers(cx: &Cx<'_>) {
     let r = &cx.st.regs;
     let hw = &cx.st.hw;
-    log::error!("{:?}: {reason}: {exit:x?}", cx.vcpu);
     log::error!(
         "  cs:rip {:04x}:{:016x} rflags {:08x}{} cr0 {:x} cr2 {:x} cr3 {:x} cr4 {:x} efer {:x}",
         hw.segment(Seg::Cs).sel,

@@ -30,6 +30,9 @@ pub fn sched_op(cx: &mut Cx<'_>, [cmd, arg, ..]: Args) -> Ret {
                 return Err(Errno::EINVAL);
             }
             log::info!("{:?}: shutdown, reason {}", cx.vcpu, reason_name(a.reason));
+            if a.reason == SHUTDOWN_CRASH {
+                crate::exit::log_registers(cx);
+            }
             cx.dom.shutdown(cx.hv, a.reason as u8);
             Ok(Outcome::Yield(0))
         }
