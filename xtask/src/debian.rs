@@ -206,7 +206,12 @@ impl Linux {
 
     /// The directory of its modules.
     pub fn modules(&self) -> PathBuf {
-        self.dir.join("usr/lib/modules").join(&self.version)
+        // Debian 12's package still has them in /lib.
+        ["usr/lib/modules", "lib/modules"]
+            .into_iter()
+            .map(|dir| self.dir.join(dir).join(&self.version))
+            .find(|dir| dir.is_dir())
+            .unwrap_or_else(|| self.dir.join("usr/lib/modules").join(&self.version))
     }
 }
 
