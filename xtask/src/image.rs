@@ -77,6 +77,16 @@ pub fn for_emulator(contents: &esp::Contents, dom0: &Dom0) -> Result<PathBuf> {
     Ok(out)
 }
 
+/// Such an image as a file of its own.
+pub fn copy_for_emulator(contents: &esp::Contents, dom0: &Dom0, out: &Path) -> Result<()> {
+    let image = for_emulator(contents, dom0)?;
+    sh::quiet(
+        std::process::Command::new("cp")
+            .args(["--sparse=always", "--reflink=auto"])
+            .args([&*image, out]),
+    )
+}
+
 /// Makes what [`for_emulator`] wants, with the size that goes with it.
 pub fn default_dom0() -> Result<Dom0> {
     dom0::make(root_mib(DEFAULT_MIB)?)

@@ -130,7 +130,11 @@ impl Machine {
             ]),
             Accel::Tcg => qemu.args([
                 "-accel",
-                "tcg",
+                // One thread for all processors, because with one for each a guest crashes every few
+                // minutes, under whatever hypervisor: every FXRSTOR of any processor clears IGNNE
+                // in the first one's flags without a lock, and that can undo what a #VMEXIT has
+                // just done to them (seen in QEMU 7.2: nested paging still on in the host).
+                "tcg,thread=single",
                 "-cpu",
                 self.cpu.as_deref().unwrap_or("qemu64,+svm,+npt"),
             ]),

@@ -1,9 +1,10 @@
 //! `cargo xtask test`: the host tests of every crate, then the whole-machine scenarios.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
@@ -155,35 +156,77 @@ fn machines(chosen: &[&Scenario], stock: bool, count: &mut Count) -> Result<()> 
         },
         dom0: None,
     };
-    for scenario in chosen {
-        // Things that must be there before the clock of the scenario starts.
-        let boot = parts.boot_disk(scenario)?;
-        let log = paths::test_logs().join(format!("{}.log", scenario.name));
-        print!("machine {} ... ", scenario.name);
-        std::io::stdout().flush()?;
-        let start = Instant::now();
-        let mut findings = Vec::new();
-        let result = perform(scenario, &boot, &log, &mut findings);
-        let took = start.elapsed().as_secs_f32();
-        match result {
-            Ok(()) => {
-                count.passed += 1;
-                findings.insert(0, format!("{took:.1} s"));
-                println!("ok ({})", findings.join("; "));
+    // An emulated machine is one thread: as many run side by side as the host has processors.
+    let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+    let (results, result) = mpsc::channel();
+    std::thread::scope(|scope| {
+        let mut running = 0;
+        for scenario in chosen {
+            if running == at_once {
+                running -= 1;
+                result.iter().take(1).for_each(|r| report(r, count));
             }
-            Err(error) => {
-                count.failed += 1;
-                println!("FAILED ({took:.1} s): {error:#}");
-                let text =
-                    String::from_utf8_lossy(&fs::read(&log).unwrap_or_default()).into_owned();
-                println!("--- the end of {}", log.display());
-                println!("{}", sh::tail(&text, TAIL));
-                println!("---");
-            }
+            // Things that must be there before the clock of the scenario starts.
+            let boot = parts.boot_disk(scenario)?;
+            let results = results.clone();
+            scope.spawn(move || {
+                let outcome = Outcome::of(scenario, &boot);
+                // Nobody listens only when the whole run has failed.
+                let _ = results.send(outcome);
+                let _ = fs::remove_file(&boot);
+            });
+            running += 1;
         }
-    }
+        result.iter().take(running).for_each(|r| report(r, count));
+        anyhow::Ok(())
+    })?;
     qemu::clean_up();
     Ok(())
+}
+
+/// How a scenario went.
+struct Outcome {
+    name: &'static str,
+    log: PathBuf,
+    seconds: f32,
+    findings: Vec<String>,
+    result: Result<()>,
+}
+
+impl Outcome {
+    /// Plays it.
+    fn of(scenario: &Scenario, boot: &Path) -> Self {
+        let log = paths::test_logs().join(format!("{}.log", scenario.name));
+        let start = Instant::now();
+        let mut findings = Vec::new();
+        let result = perform(scenario, boot, &log, &mut findings);
+        Self {
+            name: scenario.name,
+            log,
+            seconds: start.elapsed().as_secs_f32(),
+            findings,
+            result,
+        }
+    }
+}
+
+fn report(outcome: Outcome, count: &mut Count) {
+    let Outcome { name, seconds, .. } = outcome;
+    let findings: String = outcome.findings.iter().map(|f| format!("; {f}")).collect();
+    match outcome.result {
+        Ok(()) => {
+            count.passed += 1;
+            println!("machine {name} ... ok ({seconds:.1} s{findings})");
+        }
+        Err(error) => {
+            count.failed += 1;
+            println!("machine {name} ... FAILED ({seconds:.1} s{findings}): {error:#}");
+            let text = fs::read(&outcome.log).unwrap_or_default();
+            println!("--- the end of {}", outcome.log.display());
+            println!("{}", sh::tail(&String::from_utf8_lossy(&text), TAIL));
+            println!("---");
+        }
+    }
 }
 
 impl Parts {
@@ -210,7 +253,7 @@ impl Parts {
                 let contents =
                     self.hypervisor
                         .contents(options, cmdline.trim_end(), &kernel, &initrd);
-                let disk = paths::out().join("test-boot.img");
+                let disk = paths::out().join(format!("test-{}.img", scenario.name));
                 esp::write_image(&disk, &adjusted(contents))?;
                 Ok(disk)
             }
@@ -231,7 +274,9 @@ impl Parts {
                     let (kernel, initrd) = dom0::old_guest_kernel()?;
                     contents.more = vec![(kernel, "vmlinuz-12"), (initrd, "initrd-12.img")];
                 }
-                image::for_emulator(&contents, dom0)
+                let disk = paths::out().join(format!("test-{}.img", scenario.name));
+                image::copy_for_emulator(&contents, dom0, &disk)?;
+                Ok(disk)
             }
         }
     }
