@@ -268,6 +268,29 @@ fn an_upcall_is_posted_once_until_it_is_taken() {
 }
 
 #[test]
+fn an_upcall_that_a_disabled_local_apic_dropped_comes_when_it_is_enabled() {
+    const APIC_BASE: u32 = 0x1b;
+    const X2APIC_SVR: u32 = 0x80f;
+    let w = World::new(2, 1);
+    let (_, near) = channel(&w);
+    let v = w.vcpu(1, 0);
+    v.upcall_vector.store(0xf3, Ordering::SeqCst);
+    guest(&w, 0).send(near).unwrap();
+    // What the APIC, disabled by software as after reset, does with it at the next entry.
+    let (word, bit) = (3, 1 << (0xf3 - 192));
+    assert_eq!(v.posted[word].swap(0, Ordering::SeqCst), bit);
+    w.with_cx(1, 0, |cx| {
+        crate::exit::apic::wrmsr(cx, APIC_BASE, 0xfee0_0d00).unwrap();
+        crate::exit::apic::wrmsr(cx, X2APIC_SVR, 0x1ff).unwrap();
+    });
+    assert_eq!(v.posted[word].swap(0, Ordering::SeqCst), bit);
+    guest(&w, 1).take(0);
+    // Nothing pending, nothing raised.
+    w.with_cx(1, 0, |cx| crate::exit::apic::publish(cx));
+    assert_eq!(v.posted[word].load(Ordering::SeqCst), 0);
+}
+
+#[test]
 fn selectors_name_the_word_of_the_port() {
     let w = World::new(1, 1);
     let g = guest(&w, 0);
