@@ -64,6 +64,12 @@ pub fn is_soft(word: u64) -> bool {
     }
 }
 
+/// A valid external interrupt.
+#[inline]
+pub fn is_interrupt(word: u64) -> bool {
+    word & VALID != 0 && kind(word) == TYPE_INTR
+}
+
 /// What to inject at the next entry after an exit.
 ///
 /// `interrupted` is EXITINTINFO. An event of the outside world and a fault are lost if they are not
@@ -101,6 +107,7 @@ mod tests {
     fn events_have_the_form_the_manual_gives() {
         assert_eq!(encode(Event::Interrupt(0x31)), Some(0x8000_0031));
         assert_eq!(encode(Event::Nmi), Some(0x8000_0202));
+        assert!(is_interrupt(0x8000_0031) && !is_interrupt(0x31) && !is_interrupt(0x8000_0202));
         assert_eq!(encode(Event::UD), Some(0x8000_0306));
         assert_eq!(encode(Event::GP), Some(0x8000_0b0d));
         assert_eq!(

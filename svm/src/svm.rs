@@ -19,6 +19,12 @@ use crate::vcpu::Vcpu;
 pub trait Host: PageSource {
     /// The CPU that executes the caller.
     fn cpu(&self) -> CpuId;
+
+    /// An external interrupt is injected at the entry that comes next. Called with the global
+    /// interrupt flag clear. Where the guest must not go on right after the injection, this makes an
+    /// interrupt of the host's own pending, which ends the run at the first instruction of the
+    /// guest's handler.
+    fn injecting(&self) {}
 }
 
 /// SVM in use on a machine. All methods but [`Svm::new_vcpu`] and [`Svm::hwdom_ports`] concern the

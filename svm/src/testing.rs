@@ -57,6 +57,9 @@ impl Host for TestHost {
     fn cpu(&self) -> CpuId {
         CpuId(CPU.get())
     }
+    fn injecting(&self) {
+        MACHINE.with_borrow_mut(|m| m.log.push("injecting"));
+    }
 }
 
 pub(crate) fn source() -> &'static dyn PageSource {

@@ -56,10 +56,6 @@ enum NmiState {
     Returning(u64),
 }
 
-/// A virtual interrupt that is taken as soon as the guest takes any; with the VINTR intercept, an
-/// exit in its place.
-const WINDOW: u32 = int_ctl::V_IRQ | int_ctl::V_INTR_PRIO_MAX | int_ctl::V_IGN_TPR;
-
 /// A virtual processor on AMD-V.
 pub struct Vcpu<C: Cpu = Real> {
     svm: &'static Svm<C>,
@@ -287,6 +283,9 @@ impl<C: Cpu> Vcpu<C> {
             // The return address of a soft event; ignored by processors without NRIP save.
             self.vmcb.next_rip.set(rip_before);
         }
+        if inject::is_interrupt(injected) {
+            self.svm.host.injecting();
+        }
         self.vmcb.rax.set(regs.rax);
         self.vmcb.rsp.set(regs.rsp);
         self.vmcb
@@ -306,7 +305,7 @@ impl<C: Cpu> Vcpu<C> {
         } else {
             let interrupted = self.vmcb.exit_int_info.get();
             let again = inject::after_exit(interrupted, injected, rip_before, rip);
-            self.settle_event(again);
+            self.vmcb.event_inj.set(again);
             if let NmiState::Returning(iret) = self.nmi
                 && iret != rip
             {
@@ -328,48 +327,6 @@ impl<C: Cpu> Vcpu<C> {
                 ([0; 15], 0)
             },
         })
-    }
-
-    /// Puts back an event whose delivery the exit has interrupted. A virtual interrupt of which that
-    /// is the delivery is not pending beside it.
-    #[inline]
-    fn settle_event(&mut self, again: u64) {
-        if again == 0 {
-            self.vmcb.event_inj.set(0);
-            return;
-        }
-        match inject::decode(again) {
-            Some(Event::Interrupt(v)) if !self.window_open() => {
-                self.vmcb.event_inj.set(0);
-                self.offer(v);
-            }
-            _ => self.vmcb.event_inj.set(again),
-        }
-    }
-
-    /// Whether V_IRQ stands for the wish to know when the guest can take an interrupt.
-    fn window_open(&self) -> bool {
-        self.vmcb.intercept1.get() & intercept1::VINTR != 0
-    }
-
-    /// The interrupt that the processor is to deliver, if it has not yet.
-    #[inline]
-    fn offered(&self) -> Option<u8> {
-        let offered = self.vmcb.int_ctl.get() & int_ctl::V_IRQ != 0 && !self.window_open();
-        offered.then(|| self.vmcb.int_vector.get() as u8)
-    }
-
-    /// Has the processor deliver an interrupt as a virtual one, at the next entry if the guest can
-    /// take it then.
-    ///
-    /// EVENTINJ would do the same on a processor, but not on QEMU: there the vector of an
-    /// interrupt injected by EVENTINJ remains noted as an exception, and comes a second time,
-    /// whatever RFLAGS.IF says, when the emulator has something else to do before the next exit.
-    /// (AMD APM "Virtual Interrupts".)
-    fn offer(&mut self, vector: u8) {
-        let control = self.vmcb.int_ctl.get() & !WINDOW;
-        self.vmcb.set_int_vector(vector.into());
-        self.vmcb.set_int_ctl(control | WINDOW);
     }
 
     /// Nothing was run, so nothing can be relied on to have been flushed or loaded.
@@ -545,10 +502,6 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         v.set_g_pat(s.pat);
         v.int_state.set(if s.shadow { INT_SHADOW } else { 0 });
         v.event_inj.set(0);
-        let control = v.int_ctl.get() & !WINDOW;
-        v.set_int_ctl(control);
-        let intercepts = v.intercept1.get() & !intercept1::VINTR;
-        v.set_intercept1(intercepts);
         self.forget_nmis();
         self.flush = true;
         if self.on.is_some() && s.dr7 & DR7_ENABLES != 0 {
@@ -698,11 +651,11 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
 
     #[inline]
     fn event_pending(&self) -> bool {
-        self.vmcb.event_inj.get() & inject::VALID != 0 || self.offered().is_some()
+        self.vmcb.event_inj.get() & inject::VALID != 0
     }
 
     fn waiting_event(&self) -> Option<Event> {
-        inject::decode(self.vmcb.event_inj.get()).or_else(|| self.offered().map(Event::Interrupt))
+        inject::decode(self.vmcb.event_inj.get())
     }
 
     /// An NMI waits if it cannot come in at once; a second one that waits is the same one.
@@ -712,27 +665,17 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                 self.nmi_waits = true;
                 self.settle_nmi();
             }
-            Event::Interrupt(vector) => {
-                self.set_interrupt_window(false);
-                self.vmcb.event_inj.set(0);
-                self.offer(vector);
-            }
             _ => self.inject_word(e),
         }
     }
 
     fn set_interrupt_window(&mut self, wanted: bool) {
-        if self.window_open() == wanted {
+        let open = self.vmcb.intercept1.get() & intercept1::VINTR != 0;
+        if open == wanted {
             return;
         }
-        if let (true, Some(vector)) = (wanted, self.offered()) {
-            // There is one virtual interrupt only. Where EVENTINJ is taken as well, the window waits
-            // for the next entry.
-            if self.vmcb.event_inj.get() & inject::VALID != 0 {
-                return;
-            }
-            self.inject_word(Event::Interrupt(vector));
-        }
+        // A virtual interrupt that would be taken next, and an intercept instead of taking it.
+        const WINDOW: u32 = int_ctl::V_IRQ | int_ctl::V_INTR_PRIO_MAX | int_ctl::V_IGN_TPR;
         let control = self.vmcb.int_ctl.get() & !WINDOW;
         let intercepts = self.vmcb.intercept1.get() & !intercept1::VINTR;
         if wanted {

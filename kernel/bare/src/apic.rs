@@ -152,6 +152,16 @@ pub fn kick(apic_id: u32) {
     send(apic_id, ASSERT | u32::from(VECTOR_KICK));
 }
 
+/// Has the local APIC look for interrupts to deliver, which changes nothing on a processor.
+pub fn look_again() {
+    write(TPR, 0);
+}
+
+/// Makes the interrupt of [`kick`] pending on the calling CPU.
+pub fn kick_self() {
+    send(crate::smp::apic_id(crate::percpu::this().id).unwrap_or(0), ASSERT | u32::from(VECTOR_KICK));
+}
+
 /// Resets a CPU and lets it wait for [`startup`].
 pub fn init_ipi(apic_id: u32) {
     send(apic_id, LEVEL | ASSERT | DELIVERY_INIT);

@@ -55,6 +55,18 @@ pub fn cpuid(leaf: u32, subleaf: u32) -> [u32; 4] {
     [r.eax, r.ebx, r.ecx, r.edx]
 }
 
+/// The machine is emulated by QEMU's TCG, which says so where hypervisors do.
+#[inline]
+pub fn is_tcg() -> bool {
+    static TCG: spin::Once<bool> = spin::Once::new();
+    *TCG.call_once(|| {
+        const HYPERVISOR: u32 = 1 << 31;
+        let present = cpuid(1, 0)[2] & HYPERVISOR != 0;
+        let name = [*b"TCGT", *b"CGTC", *b"GTCG"].map(u32::from_le_bytes);
+        present && cpuid(0x4000_0000, 0)[1..] == name
+    })
+}
+
 /// The time stamp counter; later instructions may execute before it is read.
 #[inline]
 pub fn rdtsc() -> u64 {

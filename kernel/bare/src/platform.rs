@@ -161,6 +161,16 @@ impl galvan_svm::Host for Machine {
     fn cpu(&self) -> CpuId {
         crate::percpu::this().id
     }
+
+    /// QEMU's TCG notes the vector of an interrupt that VMRUN injects as an exception in progress
+    /// and does not take the note back before the next #VMEXIT. If another processor's turn comes
+    /// before that, the note is delivered as an exception, whatever RFLAGS.IF says; Linux dies of it
+    /// in its entry code. So the exit is brought about at once.
+    fn injecting(&self) {
+        if crate::cpu::is_tcg() {
+            crate::apic::kick_self();
+        }
+    }
 }
 
 impl HostMem for Machine {
@@ -244,6 +254,11 @@ impl Platform for Machine {
         }
     }
     fn idle(&self, stay_awake: &dyn Fn() -> bool) {
+        if crate::cpu::is_tcg() {
+            // VMRUN with a virtual interrupt changes the emulator's word of pending requests without
+            // its lock, which can lose a request; the local APIC makes it again when asked.
+            crate::apic::look_again();
+        }
         crate::iommu::poll();
         match SVM.get() {
             Some(svm) => svm.idle(stay_awake),
