@@ -66,6 +66,13 @@ fn log_in(c: &mut Console, guest: &str) -> Result<()> {
     Ok(())
 }
 
+/// Waits until the guest's systemd has started everything: before that, a request to end is lost on it.
+fn wait_until_up(c: &mut Console, guest: &str) -> Result<()> {
+    log_in(c, guest)?;
+    c.status_of("systemctl is-system-running --wait", 240)?;
+    leave(c)
+}
+
 /// Back from the guest's console to dom0's shell.
 fn leave(c: &mut Console) -> Result<()> {
     c.send("\x1d")?;
@@ -177,8 +184,10 @@ pub(super) fn toolstack(c: &mut Console) -> Result<()> {
 
     // What on_reboot says of a guest that reboots.
     let first = c.run("xl domid demo", 30)?;
+    wait_until_up(c, "demo")?;
     c.run("xl reboot -w demo", 240)?;
     let second = new_id(c, "demo", first.trim())?;
+    wait_until_up(c, "demo")?;
     c.run("xl shutdown -w demo", 240)?;
     gone(c, "demo")?;
     let before = left(c)?;
