@@ -634,6 +634,18 @@ impl<C: Cpu> Vcpu<C> {
         self.get(Field::segment(s, part))
     }
 
+    /// The parts of a segment register, read: base, limit, selector, access rights.
+    fn read_segment(&self, s: Seg) -> [u64; 4] {
+        let part = |p| self.segment_field(s, p);
+        let table = matches!(s, Seg::Gdtr | Seg::Idtr);
+        [
+            part(Part::Base),
+            part(Part::Limit),
+            if table { 0 } else { part(Part::Selector) },
+            if table { 0 } else { part(Part::Rights) },
+        ]
+    }
+
     /// Sets CR0 as the guest sees it.
     fn write_cr0(&mut self, v: u64) {
         let real = v & !CR0_SHADOWED | self.vmx.caps.cr0_one;
@@ -986,19 +998,15 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
 
     #[inline]
     fn segment(&self, s: Seg) -> Segment {
-        let (sel, attr) = if matches!(s, Seg::Gdtr | Seg::Idtr) {
-            (0, 0)
-        } else {
-            (
-                self.segment_field(s, Part::Selector) as u16,
-                state::attributes(s, self.segment_field(s, Part::Rights)),
-            )
+        let [base, limit, sel, rights] = match self.vmcs.cached_segment(s) {
+            Some(parts) => parts,
+            None => self.read_segment(s),
         };
         Segment {
-            sel,
-            attr,
-            limit: self.segment_field(s, Part::Limit) as u32,
-            base: self.segment_field(s, Part::Base),
+            sel: sel as u16,
+            attr: state::attributes(s, rights),
+            limit: limit as u32,
+            base,
         }
     }
 

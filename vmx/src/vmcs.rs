@@ -199,7 +199,31 @@ const OURS: u64 = 1 << Field::PAT.0
 const ABSENT: u64 = 0b11 << (SINGLES + 8 * PARTS + 2) | 0b11 << (SINGLES + 9 * PARTS + 2);
 const ALL: u64 = ((1 << FIELDS) - 1) & !ABSENT;
 
-const _: () = assert!(FIELDS < 64);
+/// The size of tables by field: as many as a word has bits.
+const SLOTS: usize = 64;
+
+const _: () = assert!(FIELDS < SLOTS);
+
+const ENCODINGS: [u16; SLOTS] = {
+    let mut t = [0; SLOTS];
+    let mut n = 0;
+    while n < FIELDS {
+        t[n] = if n < SINGLES {
+            SINGLE[n]
+        } else {
+            let (s, part) = ((n - SINGLES) / PARTS, (n - SINGLES) % PARTS);
+            2 * s as u16
+                + match part {
+                    0 => 0x6806,
+                    1 => 0x4800,
+                    2 => 0x0800,
+                    _ => 0x4814,
+                }
+        };
+        n += 1;
+    }
+    t
+};
 
 impl Field {
     /// A part of a segment register.
@@ -223,18 +247,13 @@ impl Field {
     /// Its number for VMREAD and VMWRITE.
     #[inline]
     pub const fn encoding(self) -> u32 {
-        let n = self.0 as usize;
-        if n < SINGLES {
-            return SINGLE[n] as u32;
-        }
-        let (s, part) = ((n - SINGLES) / PARTS, (n - SINGLES) % PARTS);
-        2 * s as u32
-            + match part {
-                0 => 0x6806,
-                1 => 0x4800,
-                2 => 0x0800,
-                _ => 0x4814,
-            }
+        ENCODINGS[self.index()] as u32
+    }
+
+    /// Its place in a table of [`SLOTS`], which needs no check of bounds.
+    #[inline]
+    const fn index(self) -> usize {
+        self.0 as usize % SLOTS
     }
 
     const fn bit(self) -> u64 {
@@ -246,7 +265,7 @@ impl Field {
 #[derive(Debug)]
 pub struct GuestVmcs {
     page: Pages<Words<512>>,
-    values: [Cell<u64>; FIELDS],
+    values: [Cell<u64>; SLOTS],
     /// Fields whose value is in `values`.
     known: Cell<u64>,
     /// Fields whose value is not in the VMCS yet.
@@ -262,7 +281,7 @@ impl GuestVmcs {
         }
         Ok(GuestVmcs {
             page,
-            values: [const { Cell::new(0) }; FIELDS],
+            values: [const { Cell::new(0) }; SLOTS],
             known: Cell::new(0),
             dirty: 0,
         })
@@ -287,6 +306,15 @@ impl GuestVmcs {
         self.value(f).set(v);
         self.known.set(self.known.get() | f.bit());
         v
+    }
+
+    /// The parts of a segment register, if all are known: base, limit, selector, access rights.
+    #[inline]
+    pub fn cached_segment(&self, s: Seg) -> Option<[u64; PARTS]> {
+        let first = Field::segment(s, Part::Base);
+        let all = 0b1111 << first.0;
+        (self.known.get() & all == all)
+            .then(|| core::array::from_fn(|n| self.value(Field(first.0 + n as u8)).get()))
     }
 
     /// Reads all fields that are not known; the VMCS is current.
@@ -332,7 +360,7 @@ impl GuestVmcs {
 
     #[inline]
     fn value(&self, f: Field) -> &Cell<u64> {
-        &self.values[usize::from(f.0) % FIELDS]
+        &self.values[f.index()]
     }
 }
 
