@@ -63,6 +63,8 @@ const MSR_VMX_PROCBASED2: u32 = 0x48b;
 const PROCBASED_SECONDARY: u64 = 1 << (32 + 31);
 /// "May be 1" of EPT, in the secondary controls.
 const PROCBASED2_EPT: u64 = 1 << (32 + 1);
+/// "May be 1" of the unrestricted guest, in the secondary controls.
+const PROCBASED2_UNRESTRICTED: u64 = 1 << (32 + 7);
 const MSR_VM_CR: u32 = 0xc001_0114;
 const VM_CR_SVMDIS: u64 = 1 << 4;
 
@@ -105,10 +107,17 @@ fn check_vmx(cpu: &impl Processor) -> Result<(), Unfit> {
     if control & FEATURE_CONTROL_LOCKED != 0 && control & FEATURE_CONTROL_VMX == 0 {
         return Err(Unfit::VmxDisabled);
     }
-    if cpu.msr(MSR_VMX_PROCBASED) & PROCBASED_SECONDARY == 0
-        || cpu.msr(MSR_VMX_PROCBASED2) & PROCBASED2_EPT == 0
-    {
+    // The MSR of the secondary controls exists only where they can be activated.
+    let secondary = if cpu.msr(MSR_VMX_PROCBASED) & PROCBASED_SECONDARY != 0 {
+        cpu.msr(MSR_VMX_PROCBASED2)
+    } else {
+        0
+    };
+    if secondary & PROCBASED2_EPT == 0 {
         return Err(Unfit::NoExtendedPageTables);
+    }
+    if secondary & PROCBASED2_UNRESTRICTED == 0 {
+        return Err(Unfit::NoUnrestrictedGuest);
     }
     Ok(())
 }
@@ -145,6 +154,8 @@ pub enum Unfit {
     VmxDisabled,
     /// VMX without EPT.
     NoExtendedPageTables,
+    /// VMX with EPT, but real mode would have to be emulated.
+    NoUnrestrictedGuest,
     /// No NX bit in page tables.
     NoExecuteDisable,
 }
@@ -165,10 +176,13 @@ impl fmt::Display for Unfit {
             }
             Self::NoNestedPaging => "this processor's AMD-V (SVM) has no nested paging",
             Self::VmxDisabled => {
-                "VT-x (VMX) is switched off by the firmware (IA32_FEATURE_CONTROL): \
+                "VT-x (VMX) is switched off and locked by the firmware (IA32_FEATURE_CONTROL): \
                  enable it in the setup"
             }
             Self::NoExtendedPageTables => "this processor's VT-x (VMX) has no EPT",
+            Self::NoUnrestrictedGuest => {
+                "this processor's VT-x (VMX) has no unrestricted guest (Westmere and later have it)"
+            }
             Self::NoExecuteDisable => {
                 "this processor has no NX bit, or the firmware has switched it off"
             }
@@ -272,6 +286,15 @@ mod tests {
             .msrs
             .insert(MSR_VMX_PROCBASED2, 0x0000_0001_0000_0000);
         assert_eq!(check(&no_ept), Err(Unfit::NoExtendedPageTables));
+    }
+
+    #[test]
+    fn vmx_without_unrestricted_guest_will_not_do() {
+        let mut nehalem = intel(5);
+        nehalem
+            .msrs
+            .insert(MSR_VMX_PROCBASED2, 0x0000_006f_0000_0000);
+        assert_eq!(check(&nehalem), Err(Unfit::NoUnrestrictedGuest));
     }
 
     #[test]

@@ -207,7 +207,8 @@ pub fn scheduled_in(cx: &mut Cx<'_>) {
     }
     rs.enter(RUNSTATE_RUNNING, now);
     write_runstate(cx);
-    if !cx.hv.hw.tsc_stable() {
+    let written = core::mem::replace(&mut cx.st.time_written, true);
+    if !written || !cx.hv.hw.tsc_stable() {
         write_vcpu_time(cx);
     }
     cx.st.hw.set_tsc_offset(cx.st.tsc_offset);
@@ -280,4 +281,28 @@ pub fn runstate_of(hv: Hv, v: &Vcpu) -> VcpuRunstateInfo {
     r.state_entry_time = hv.hw.now_ns();
     r.time = [v.unit.cpu_time(hv.hw.now_ns()), 0, 0, 0];
     r
+}
+
+#[cfg(test)]
+mod tests {
+    use galvan_base::hw::HostMem;
+
+    use super::*;
+    use crate::testing::World;
+
+    #[test]
+    fn a_vcpu_knows_the_time_from_its_first_turn_on_however_stable_the_tsc() {
+        let w = World::new(1, 1);
+        assert!(w.hv.hw.tsc_stable());
+        let v = w.domains[0].vcpu(0).unwrap();
+        w.with_cx(0, 0, scheduled_in);
+        // Where the kernel looks before it has registered an area of its own.
+        let (m, off) = v.info().unwrap();
+        let mut t = VcpuTimeInfo::new_zeroed();
+        w.machine
+            .read(m, off + TIME_OFFSET, t.as_mut_bytes())
+            .unwrap();
+        assert_ne!(t.tsc_to_system_mul, 0);
+        assert!(t.version != 0 && t.version.is_multiple_of(2));
+    }
 }

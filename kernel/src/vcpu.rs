@@ -147,6 +147,8 @@ pub struct VcpuState {
     pub icache: crate::exit::insn::InsnCache,
     /// What is added to the host's TSC for the guest.
     pub tsc_offset: u64,
+    /// The time has been written at least once: where the TSC is stable, it is right for ever.
+    pub time_written: bool,
 }
 
 /// Gives a domain its `n` vCPUs, all down; APIC ids are twice their numbers. EEXIST if it has some.
@@ -221,6 +223,7 @@ impl Vcpu {
                 flush_epoch: 0,
                 icache: Default::default(),
                 tsc_offset: 0,
+                time_written: false,
             }),
         }
     }

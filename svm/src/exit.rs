@@ -169,7 +169,10 @@ pub fn decode(raw: &Raw) -> Cause {
         code::SHUTDOWN => Exit::Shutdown,
         code::DR_READ0..=code::DR_WRITE15 => return Cause::DebugRegister,
         code::IRET => return Cause::Iret,
-        other if is_refusal(other) => Exit::EntryFailed { vendor_code: other },
+        other if is_refusal(other) => Exit::EntryFailed {
+            vendor_code: other,
+            check: "guest state",
+        },
         other => Exit::Unknown {
             vendor_code: other,
             info: raw.info1,
@@ -392,7 +395,13 @@ mod tests {
     #[test]
     fn refusals_are_known_in_32_and_64_bits() {
         for code in [u64::MAX, 0xffff_ffff, u64::MAX - 1] {
-            assert_eq!(exit(code, 0, 0), Exit::EntryFailed { vendor_code: code });
+            assert_eq!(
+                exit(code, 0, 0),
+                Exit::EntryFailed {
+                    vendor_code: code,
+                    check: "guest state"
+                }
+            );
         }
     }
 

@@ -11,8 +11,8 @@
 //! 5. [`Svm::take_interrupts`] and [`Svm::idle`] are how the machine lets interrupts in, from then
 //!    on: see [`percpu`] for why nothing else may.
 //!
-//! UNSAFETY: `insn` and `entry` hold the instructions of the extension; `page` hands out memory
-//! that the processor reads and writes as well. Everything else is safe code over these three.
+//! UNSAFETY: `insn` and `entry` hold the instructions of the extension, over the memory that
+//! [`galvan_base::page`] hands out. Everything else is safe code.
 #![no_std]
 
 extern crate alloc;
@@ -24,10 +24,8 @@ pub mod caps;
 pub mod clean;
 mod entry;
 pub mod exit;
-pub mod fpu;
 pub mod inject;
 pub mod insn;
-pub mod page;
 pub mod percpu;
 pub mod state;
 mod svm;
@@ -37,7 +35,8 @@ pub mod tlb;
 pub mod vcpu;
 pub mod vmcb;
 
-pub use page::{PageSource, PhysPage};
+pub use galvan_base::page::{PageSource, PhysPage};
+use galvan_base::{fpu, page};
 pub use svm::{Host, Svm};
 pub use vcpu::Vcpu;
 

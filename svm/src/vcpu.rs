@@ -423,11 +423,15 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     fn enter(&mut self, regs: &mut Gprs) -> Exit {
         let Some(cpu) = self.on else {
             debug_assert!(false, "vCPU entered without being loaded");
-            return Exit::EntryFailed { vendor_code: 0 };
+            return Exit::EntryFailed {
+                vendor_code: 0,
+                check: "vCPU not loaded",
+            };
         };
-        if self.refused.is_some() {
+        if let Some(check) = self.refused {
             return Exit::EntryFailed {
                 vendor_code: exit::code::INVALID,
+                check,
             };
         }
         // Ends: after the first exit of either kind its intercept is off until the policy or

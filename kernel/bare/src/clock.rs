@@ -1,7 +1,8 @@
 //! Time: the TSC's rate, system time, and the machine's wall clock.
 //!
-//! The TSC is calibrated once against the ACPI PM timer or, without one, the PIT. (ACPI
-//! specification "Power Management Timer"; Intel 8254 data sheet.)
+//! The TSC is calibrated once against the ACPI PM timer; without one the PIT; without that either,
+//! its rate is what CPUID says, or measured over a second of the CMOS clock. (ACPI specification
+//! "Power Management Timer"; Intel 8254 data sheet; Intel SDM "CPUID", leaves 15H and 16H.)
 
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -21,10 +22,14 @@ static WALL: AtomicU64 = AtomicU64::new(0);
 
 /// Calibrates the TSC; `pm_timer` is the port of the ACPI PM timer. System time starts here.
 pub fn init(pm_timer: Option<u16>) {
-    let (khz, how) = match pm_timer.and_then(by_pm_timer) {
-        Some(khz) => (khz, "the ACPI PM timer"),
-        None => (by_pit(), "the PIT"),
-    };
+    let ways: [(&dyn Fn() -> Option<u64>, &str); 4] = [
+        (&|| pm_timer.and_then(by_pm_timer), "the ACPI PM timer"),
+        (&by_pit, "the PIT"),
+        (&by_cpuid, "CPUID"),
+        (&by_rtc, "the CMOS clock"),
+    ];
+    let found = ways.iter().find_map(|(way, how)| Some((way().filter(|khz| *khz != 0)?, *how)));
+    let (khz, how) = found.unwrap_or((1_000_000, "nothing: no clock of this machine counts"));
     KHZ.store(khz, Ordering::Relaxed);
     let s = TscScale::from_khz(khz);
     MUL.store(s.mul, Ordering::Relaxed);
@@ -68,8 +73,11 @@ fn by_pm_timer(port: u16) -> Option<u64> {
     Some(best)
 }
 
-fn by_pit() -> u64 {
+fn by_pit() -> Option<u64> {
     const SPAN: u64 = PIT_HZ / 50;
+    // A port access takes no longer than 10 us and no less than 50 ns: 20 ms are over long before
+    // this many.
+    const MOST: u32 = 4_000_000;
     // SAFETY: channel 2 of the PIT (the speaker's) is nobody's at this time; dom0 does not get the
     // PIT.
     unsafe {
@@ -79,13 +87,37 @@ fn by_pit() -> u64 {
         port_out(0x42, 1, (SPAN & 0xff) as u32);
         port_out(0x42, 1, (SPAN >> 8) as u32);
         let t0 = rdtsc();
-        while port_in(0x61, 1) & 0x20 == 0 {
-            core::hint::spin_loop();
-        }
+        let early = port_in(0x61, 1) & 0x20 != 0;
+        let counts = !early && (0..MOST).any(|_| port_in(0x61, 1) & 0x20 != 0);
         let t1 = rdtsc();
         port_out(0x61, 1, gate);
-        (t1 - t0) * PIT_HZ / SPAN / 1000
+        counts.then(|| (t1 - t0) * PIT_HZ / SPAN / 1000)
     }
+}
+
+fn by_cpuid() -> Option<u64> {
+    let highest = crate::cpu::cpuid(0, 0)[0];
+    if highest >= 0x15 {
+        let [den, num, hz, _] = crate::cpu::cpuid(0x15, 0).map(u64::from);
+        if den != 0 && num != 0 && hz != 0 {
+            return Some(hz * num / den / 1000);
+        }
+    }
+    (highest >= 0x16).then(|| u64::from(crate::cpu::cpuid(0x16, 0)[0] & 0xffff) * 1000)
+}
+
+fn by_rtc() -> Option<u64> {
+    // SAFETY: as in `read_rtc`.
+    let second = || unsafe {
+        port_out(0x70, 1, 0);
+        port_in(0x71, 1)
+    };
+    let next = || {
+        let now = second();
+        (0..40_000_000u32).any(|_| second() != now).then(rdtsc)
+    };
+    let t0 = next()?;
+    Some((next()? - t0) / 1000)
 }
 
 /// Frequency of the TSC.

@@ -21,8 +21,8 @@ use galvan_kernel::hv::{CpuState, Hypervisor};
 use galvan_kernel::mm::{FrameInfo, FrameTable, Owner};
 use galvan_kernel::p2m::P2mType;
 use galvan_kernel::vcpu::block;
-use galvan_svm::caps;
 
+use crate::virt::Caps;
 use crate::platform::{Facts, MACHINE};
 use crate::start::{acpi, boot_info, bytes, memory_map, options};
 
@@ -86,11 +86,8 @@ macro_rules! give_up {
 }
 
 /// What guests may see of the processor.
-fn cpu_policy(caps: &caps::Caps, options: &Options<'_>) -> HostPolicy {
-    // Nested paging flushes whole address spaces, so guests may tag theirs as they like.
-    let mut virt = Virt::PCID | Virt::INVPCID | Virt::PAGE_1G;
-    virt.set(Virt::TSC_AUX, caps.tsc_aux);
-    virt.set(Virt::XSAVE, caps.xsave.is_some());
+fn cpu_policy(caps: &Caps, options: &Options<'_>) -> HostPolicy {
+    let mut virt = caps.guest_features();
     virt.set(Virt::IOMMU_MAPPINGS, galvan_base::Platform::iommu(&MACHINE).is_some());
     virt.set(Virt::TSC_RELIABLE, galvan_base::Platform::tsc_stable(&MACHINE));
     let mut hidden = hidden_by(options.cpuid, &mut |word| log::warn!("cpuid={word}: no such feature, or not no-NAME"));
@@ -114,24 +111,9 @@ pub fn run() -> ! {
     let options = options();
     let info = boot_info();
 
-    let raw = caps::Raw::read(crate::cpu::cpuid, crate::cpu::rdmsr);
-    let mut off = caps::Features::empty();
-    for (name, flag) in [
-        ("nrips", Features::NRIPS),
-        ("decodeassists", Features::DECODE_ASSISTS),
-        ("flushbyasid", Features::FLUSH_BY_ASID),
-        ("vmcbclean", Features::VMCB_CLEAN),
-        ("pausefilter", Features::PAUSE_FILTER),
-    ] {
-        if options.no.contains(flag)
-            && let Some(f) = caps::Features::by_name(name)
-        {
-            off |= f;
-        }
-    }
-    let caps = match caps::settle(&raw, off) {
+    let caps = match crate::virt::settle(options.no) {
         Ok(c) => c,
-        Err(e) => give_up!("AMD-V: {e:?}"),
+        Err(e) => give_up!("{e}"),
     };
 
     // Modules.
@@ -192,7 +174,7 @@ pub fn run() -> ! {
     let size = options.dom0_mem.resolve(can_be_given, spare);
     let vcpus = options.dom0_max_vcpus.resolve(crate::smp::count(), galvan_kernel::domain::MAX_VCPUS);
     let acpi_facts = acpi();
-    let ioapics = acpi_facts.and_then(|a| a.madt.as_ref()).map_or(&[][..], |m| &m.ioapics);
+    let ioapics = crate::start::ioapics();
     let visible = |r: Range<u64>| {
         memory_map().iter().any(|m| {
             matches!(m.kind, MemoryKind::ACPI_RECLAIMABLE | MemoryKind::ACPI_NVS | MemoryKind::RESERVED) && m.start <= r.start && r.end <= m.end()
@@ -260,12 +242,9 @@ pub fn run() -> ! {
         wallclock: galvan_kernel::time::WallClock::new(&MACHINE),
         cpu_policy: cpu_policy(&caps, options),
     });
-    // SAFETY: this program is what `Real` asks for: ring 0, soft-float, no FS, GS or SYSCALL, IST
-    // only for NMI, #DF and #MC (`desc`), interrupts off except in the windows.
-    let real = unsafe { galvan_svm::insn::Real::new() };
-    let Ok(svm) = galvan_svm::Svm::new(real, &MACHINE, caps, cpus) else { give_up!("no memory for SVM's structures") };
-    crate::platform::set_svm(svm);
-    log::info!("AMD-V: {:?}", caps);
+    if crate::virt::init(caps, cpus).is_err() {
+        give_up!("no memory for the structures of virtualisation");
+    }
 
     let mut facts = Facts::default();
     if let Some(base) = crate::serial::base() {

@@ -83,6 +83,23 @@ impl IoApic {
     }
 }
 
+/// Whether there is an IO-APIC at this address, of which no table tells: its id. (Intel 82093AA
+/// IO-APIC data sheet: version register.)
+pub fn probe(base: Mpa) -> Option<u8> {
+    let regs = crate::paging::map_device(base, PAGE_SIZE).cast::<u32>();
+    let read = |reg: u32| {
+        // SAFETY: a mapped device page; where there is no device, reads give ones and writes are
+        // lost.
+        unsafe {
+            regs.write_volatile(reg);
+            regs.add(4).read_volatile()
+        }
+    };
+    let version = read(1);
+    let (kind, last_pin) = (version & 0xff, version >> 16 & 0xff);
+    (matches!(kind, 0x10..=0x2f) && matches!(last_pin, 15..=239)).then(|| (read(0) >> 24) as u8 & 15)
+}
+
 /// Takes over the IO-APICs (id, address, GSI base): all pins masked.
 pub fn init(found: impl Iterator<Item = (u8, Mpa, u32)>) {
     // The legacy PICs are masked for good (Intel 8259A data sheet, OCW1).

@@ -30,3 +30,4 @@ mod serial;
 mod smp;
 mod start;
 mod traps;
+mod virt;

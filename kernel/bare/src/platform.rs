@@ -11,10 +11,10 @@ use galvan_base::hw::{
     EcamWindow, Exhausted, HostIrq, HostMem, HwVcpu, IoApicInfo, Iommu, MemFault, MsiTarget, Sbdf, Stage2Format, TscScale,
     VcpuConfig,
 };
+use galvan_base::page::{PageSource, PhysPage};
 use galvan_base::{CpuId, Mfn, Mpa, PageOrder, Platform};
 use galvan_kernel::hv::{Hv, Hypervisor};
 use galvan_kernel::mm::Owner;
-use galvan_svm::{PageSource, PhysPage, Svm};
 use spin::Once;
 
 /// The machine.
@@ -24,7 +24,6 @@ pub struct Machine;
 pub static MACHINE: Machine = Machine;
 
 static HV: Once<Hypervisor> = Once::new();
-static SVM: Once<Svm> = Once::new();
 static FACTS: Once<Facts> = Once::new();
 
 /// What start-up has found out for good.
@@ -47,11 +46,6 @@ pub fn set_facts(f: Facts) {
 
 fn facts() -> Option<&'static Facts> {
     FACTS.get()
-}
-
-/// Puts SVM to use.
-pub fn set_svm(svm: Svm) -> &'static Svm {
-    SVM.call_once(|| svm)
 }
 
 /// Makes the hypervisor known; once.
@@ -122,9 +116,7 @@ pub fn host_interrupt(irq: HostIrq) {
 /// What every CPU does once it is up.
 pub fn cpu_main() -> ! {
     let Some(hv) = HV.get() else { panic!("a CPU is released before there is a hypervisor") };
-    if let Some(svm) = SVM.get() {
-        svm.enable();
-    }
+    crate::virt::enable();
     galvan_kernel::run::cpu_loop(hv)
 }
 
@@ -153,22 +145,6 @@ unsafe impl PageSource for Machine {
             && hv.frames.release(page.mpa.frame(), n, Owner::Galvan).is_err()
         {
             log::error!("pages at {} given back that were not taken", page.mpa);
-        }
-    }
-}
-
-impl galvan_svm::Host for Machine {
-    fn cpu(&self) -> CpuId {
-        crate::percpu::this().id
-    }
-
-    /// QEMU's TCG notes the vector of an interrupt that VMRUN injects as an exception in progress
-    /// and does not take the note back before the next #VMEXIT. If another processor's turn comes
-    /// before that, the note is delivered as an exception, whatever RFLAGS.IF says; Linux dies of it
-    /// in its entry code. So the exit is brought about at once.
-    fn injecting(&self) {
-        if crate::cpu::is_tcg() {
-            crate::apic::kick_self();
         }
     }
 }
@@ -248,10 +224,7 @@ impl Platform for Machine {
     }
     fn take_interrupts(&self) {
         crate::iommu::poll();
-        match SVM.get() {
-            Some(svm) => svm.take_interrupts(),
-            None => crate::cpu::sti_cli(),
-        }
+        crate::virt::take_interrupts();
     }
     fn idle(&self, stay_awake: &dyn Fn() -> bool) {
         if crate::cpu::is_tcg() {
@@ -260,11 +233,7 @@ impl Platform for Machine {
             crate::apic::look_again();
         }
         crate::iommu::poll();
-        match SVM.get() {
-            Some(svm) => svm.idle(stay_awake),
-            None if !stay_awake() => crate::cpu::sti_hlt_cli(),
-            None => {}
-        }
+        crate::virt::idle(stay_awake);
     }
 
     fn tsc(&self) -> u64 {
@@ -305,15 +274,13 @@ impl Platform for Machine {
         crate::cpu::cpuid(leaf, subleaf)
     }
     fn stage2(&self) -> (Stage2Format, PageOrder) {
-        (Stage2Format::Npt, SVM.get().map_or(PageOrder::P2M, Svm::largest_page))
+        crate::virt::stage2()
     }
     fn new_vcpu(&self, cfg: &VcpuConfig) -> Result<Box<dyn HwVcpu>, Exhausted> {
-        SVM.get().ok_or(Exhausted)?.new_vcpu(cfg)
+        crate::virt::new_vcpu(cfg)
     }
     fn hwdom_ports(&self, first: u16, last: u16, direct: bool) {
-        if let Some(svm) = SVM.get() {
-            svm.hwdom_ports(first, last, direct);
-        }
+        crate::virt::hwdom_ports(first, last, direct);
     }
 
     fn port_in(&self, port: u16, size: u8) -> u32 {

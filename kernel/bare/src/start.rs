@@ -13,13 +13,15 @@ use galvan_base::hw::EcamWindow;
 use galvan_base::{Mpa, PAGE_SIZE};
 use galvan_boot::info::{BootInfo, MemoryKind, MemoryMap, PhysRange};
 use galvan_kernel::cmdline::Options;
-use galvan_kernel::dom0_build::acpi::host::{HostAcpi, Madt, Register};
+use galvan_kernel::dom0_build::acpi::host::{HostAcpi, IoApic, Madt, Register};
 use spin::Once;
 
 /// What the loader handed over, copied out of its memory.
 static BOOT: Once<BootInfo> = Once::new();
 /// The command line.
 static OPTIONS: Once<Options<'static>> = Once::new();
+/// The IO-APICs.
+static IOAPICS: Once<Vec<IoApic>> = Once::new();
 /// What firmware says.
 static ACPI: Once<Option<HostAcpi<'static>>> = Once::new();
 
@@ -112,7 +114,7 @@ fn firmware_memory(at: u64, len: usize) -> Option<&'static [u8]> {
 fn read_acpi() -> Option<HostAcpi<'static>> {
     let rsdp = boot_info().rsdp;
     if rsdp == 0 {
-        log::warn!("firmware has no ACPI tables: one CPU, no IO-APIC, no memory-mapped configuration space");
+        log::warn!("firmware has no ACPI tables: one CPU, no memory-mapped configuration space");
         return None;
     }
     match HostAcpi::read(rsdp, &firmware_memory) {
@@ -127,6 +129,18 @@ fn read_acpi() -> Option<HostAcpi<'static>> {
             None
         }
     }
+}
+
+/// The IO-APICs: those of the MADT; without one, that at the usual place if it is there.
+pub fn ioapics() -> &'static [IoApic] {
+    const USUAL: u32 = 0xfec0_0000;
+    IOAPICS.call_once(|| match acpi().and_then(|a| a.madt.as_ref()) {
+        Some(m) => m.ioapics.clone(),
+        None => crate::irq::probe(Mpa::new_truncate(u64::from(USUAL)))
+            .map(|id| IoApic { id, address: USUAL, gsi_base: 0 })
+            .into_iter()
+            .collect(),
+    })
 }
 
 /// APIC ids of the usable CPUs, the one that runs this first.
@@ -160,8 +174,7 @@ extern "C" fn on_own_stack() -> ! {
     crate::apic::init_boot_cpu(!no.contains(Features::X2APIC), !no.contains(Features::TSC_DEADLINE));
     crate::apic::init_this_cpu();
     crate::apic::calibrate_timer();
-    let ioapics = acpi.and_then(|a| a.madt.as_ref()).map_or(&[][..], |m| &m.ioapics);
-    crate::irq::init(ioapics.iter().map(|i| (i.id, Mpa::new_truncate(u64::from(i.address)), i.gsi_base)));
+    crate::irq::init(ioapics().iter().map(|i| (i.id, Mpa::new_truncate(u64::from(i.address)), i.gsi_base)));
     listen_to_console(acpi.and_then(|a| a.madt.as_ref()));
     let ecam: Vec<EcamWindow> = acpi.map_or_else(Vec::new, |a| a.ecam.clone());
     crate::pci::init(ecam);

@@ -58,6 +58,8 @@ pub enum Exit {
     EntryFailed {
         /// The vendor's code for it.
         vendor_code: u64,
+        /// The check that failed, as far as known.
+        check: &'static str,
     },
     /// An exit this version does not know.
     Unknown {

@@ -182,7 +182,12 @@ impl Sbdf {
 impl fmt::Display for Sbdf {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (segment, bus, devfn) = (self.segment(), self.bus(), self.devfn());
-        write!(f, "{segment:04x}:{bus:02x}:{:02x}.{}", devfn >> 3, devfn & 7)
+        write!(
+            f,
+            "{segment:04x}:{bus:02x}:{:02x}.{}",
+            devfn >> 3,
+            devfn & 7
+        )
     }
 }
 

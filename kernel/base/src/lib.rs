@@ -5,9 +5,9 @@
 //! (`svm`, `vmx`) and the policy (`kernel`) meet only through the traits of [`hw`]: the vendor
 //! extracts facts from an exit, the policy decides what they mean.
 //!
-//! The only `unsafe` of this crate would be in [`sync`]; today there is none.
+//! The only `unsafe` of this crate is in [`page`].
 #![no_std]
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
 
 extern crate alloc;
 #[cfg(any(test, feature = "testing"))]
@@ -15,8 +15,10 @@ extern crate std;
 
 pub mod addr;
 pub mod exit;
+pub mod fpu;
 pub mod hw;
 pub mod nospec;
+pub mod page;
 pub mod state;
 pub mod sync;
 #[cfg(any(test, feature = "testing"))]

@@ -161,6 +161,58 @@ pub const EFER_SVME: u64 = 1 << 12;
 /// RFLAGS.IF
 pub const RFLAGS_IF: u64 = 1 << 9;
 
+/// CR4.LA57
+pub const CR4_LA57: u64 = 1 << 12;
+/// RFLAGS.VM
+pub const RFLAGS_VM: u64 = 1 << 17;
+/// RFLAGS bits that exist; bit 1 is always set.
+const RFLAGS_VALID: u64 = 0x3f_7fd5;
+
+/// How many bits of a linear address count.
+pub fn linear_bits(cr4: u64) -> u32 {
+    if cr4 & CR4_LA57 != 0 { 57 } else { 48 }
+}
+
+/// Whether the bits above the highest implemented one repeat it.
+pub fn is_canonical(address: u64, bits: u32) -> bool {
+    let unused = 64 - bits;
+    ((address << unused) as i64 >> unused) as u64 == address
+}
+
+/// Whether each byte is a memory type that PAT knows.
+pub fn pat_is_valid(pat: u64) -> bool {
+    pat.to_le_bytes()
+        .iter()
+        .all(|t| matches!(t, 0 | 1 | 4 | 5 | 6 | 7))
+}
+
+/// RFLAGS with the bits that exist.
+pub fn rflags(v: u64) -> u64 {
+    v & RFLAGS_VALID | 2
+}
+
+/// EFER whose LMA follows from LME and paging, as the processor keeps it.
+pub fn efer(v: u64, cr0: u64) -> u64 {
+    if v & EFER_LME != 0 && cr0 & CR0_PG != 0 {
+        v | EFER_LMA
+    } else {
+        v & !EFER_LMA
+    }
+}
+
+/// Whether a change of CR0 or CR4 makes translations of the guest stale.
+pub fn flushes(n: u8, old: u64, new: u64) -> bool {
+    const CR0: u64 = CR0_PE | 1 << 16 | CR0_NW | CR0_CD | CR0_PG;
+    // PSE, PAE, PGE, LA57, PCIDE, SMEP, SMAP, PKE
+    const CR4: u64 = 1 << 4 | 1 << 5 | 1 << 7 | CR4_LA57 | 1 << 17 | 1 << 20 | 1 << 21 | 1 << 22;
+    match n {
+        0 => (old ^ new) & CR0 != 0,
+        3 => true,
+        4 => (old ^ new) & CR4 != 0,
+        _ => false,
+    }
+}
+
 /// Everything of a vCPU's architectural state that the processor holds for it, apart from the FPU
 /// and the general purpose registers.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -261,7 +261,12 @@ fn initialise(cx: &mut Cx<'_>, v: &Arc<Vcpu>, arg: u64) -> Ret {
         return Err(Errno::EINVAL);
     }
     let mut st = v.state_of_other();
-    st.hw.check_state(&s).map_err(|_| Errno::EINVAL)?;
+    st.hw.check_state(&s).map_err(|why| {
+        if cx.dom.may_log() {
+            log::info!("{v:?}: first state refused: {why}");
+        }
+        Errno::EINVAL
+    })?;
     st.reset_to(&s);
     st.regs = regs;
     v.set_initialised();

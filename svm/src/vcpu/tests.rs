@@ -282,7 +282,8 @@ fn a_state_that_the_processor_would_refuse_is_not_tried() {
     assert_eq!(
         enter(&mut v),
         Exit::EntryFailed {
-            vendor_code: u64::MAX
+            vendor_code: u64::MAX,
+            check: "CR4 reserved bits"
         }
     );
     assert_eq!(log(), [] as [&str; 0]);

@@ -146,15 +146,20 @@ pub(super) fn set_context(cx: &Cx<'_>, d: &Arc<Domain>, call: &XenDomctl) -> Op 
         cx.get(at.checked_add(user_regs).ok_or(Errno::EFAULT)?)?;
     let _paused = Paused::new(cx.hv, d);
     let mut st = v.state_of_other();
+    if u.rip != st.hw.rip() || u.rflags != st.hw.rflags() {
+        let mut s = st.hw.state();
+        (s.rip, s.rflags) = (u.rip, u.rflags);
+        st.hw.check_state(&s).map_err(|why| {
+            log::warn!("{v:?}: context refused: {why}");
+            Errno::EINVAL
+        })?;
+    }
     let r = &mut st.regs;
     (r.rax, r.rbx, r.rcx, r.rdx) = (u.rax, u.rbx, u.rcx, u.rdx);
     (r.rsi, r.rdi, r.rbp, r.rsp) = (u.rsi, u.rdi, u.rbp, u.rsp);
     (r.r8, r.r9, r.r10, r.r11) = (u.r8, u.r9, u.r10, u.r11);
     (r.r12, r.r13, r.r14, r.r15) = (u.r12, u.r13, u.r14, u.r15);
     if u.rip != st.hw.rip() {
-        let mut s = st.hw.state();
-        s.rip = u.rip;
-        st.hw.check_state(&s).map_err(|_| Errno::EINVAL)?;
         st.hw.set_rip(u.rip);
     }
     st.hw.set_rflags(u.rflags);

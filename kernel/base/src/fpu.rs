@@ -2,7 +2,7 @@
 //! without XSAVE, FXSAVE's.
 //!
 //! What comes from a save record is made fit for XRSTOR here, which would otherwise fault in the
-//! hypervisor. (AMD APM "XSAVE Area", "Extended Control Register (XCR0)".)
+//! hypervisor. Used by the vendor crates. (AMD APM "XSAVE Area", "Extended Control Register (XCR0)".)
 
 use alloc::boxed::Box;
 use alloc::vec;
@@ -87,7 +87,7 @@ impl FpuArea {
     }
 
     /// Where XSAVE and XRSTOR, or FXSAVE and FXRSTOR, find it: 64-byte aligned.
-    pub(crate) fn as_mut_ptr(&mut self) -> *mut u8 {
+    pub fn as_mut_ptr(&mut self) -> *mut u8 {
         self.blocks.as_mut_ptr().cast()
     }
 

@@ -1,8 +1,13 @@
-//! Memory that the processor reads and writes by physical address: VMCBs, save areas, permission
-//! maps.
+//! Memory that the processor reads and writes by physical address: VMCBs and VMCSs, save areas,
+//! permission maps. Used by the vendor crates.
 //!
 //! UNSAFETY: a page handed out by a [`PageSource`] is seen as a typed structure all of whose fields
 //! are cells or atomics, so that a shared reference to it makes no claim that its contents stay.
+
+#![allow(
+    unsafe_code,
+    reason = "the one module of this crate that needs it, as said above"
+)]
 
 use core::fmt;
 use core::marker::PhantomData;
@@ -10,8 +15,8 @@ use core::ops::Deref;
 use core::ptr::NonNull;
 use core::sync::atomic::AtomicU64;
 
-use galvan_base::hw::Exhausted;
-use galvan_base::{Mpa, PAGE_SIZE};
+use crate::hw::Exhausted;
+use crate::{Mpa, PAGE_SIZE};
 
 /// Contiguous page-aligned memory, by both of its addresses.
 #[derive(Clone, Copy, Debug)]

@@ -1,0 +1,811 @@
+//! Behaviour of a vCPU over a processor that is a script.
+
+use std::vec;
+
+use galvan_base::state::EFER_NXE;
+
+use super::*;
+use crate::caps::{self, Caps, settle};
+use crate::exit::reason;
+use crate::testing::{
+    Fake, accesses, boot, entry_ends, guest, guest_exits, log, machine, move_to, pages_in_use, vcpu,
+};
+
+fn new() -> Caps {
+    settle(&caps::tests::skylake(), Features::empty()).unwrap()
+}
+
+fn old() -> Caps {
+    settle(&caps::tests::westmere(), Features::empty()).unwrap()
+}
+
+fn enter(v: &mut Vcpu<Fake>) -> Exit {
+    v.enter(&mut Gprs::default())
+}
+
+fn cpuid(v: &mut Vcpu<Fake>) {
+    guest_exits(reason::CPUID);
+    assert_eq!(enter(v), Exit::Cpuid(2));
+}
+
+const RIP: u32 = 0x681e;
+const RSP: u32 = 0x681c;
+const RFLAGS: u32 = 0x6820;
+const CR0: u32 = 0x6800;
+const CR4: u32 = 0x6804;
+const CR0_SHADOW: u32 = 0x6004;
+const INTERRUPTIBILITY: u32 = 0x4824;
+const PRIMARY: u32 = 0x4002;
+const ENTRY: u32 = 0x4012;
+
+fn long_mode() -> ArchState {
+    let mut s = ArchState::at_pvh_entry(0x100_0000);
+    s.cr0 |= CR0_PG;
+    s.cr3 = 0x1000;
+    s.cr4 = CR4_PAE;
+    s.efer = EFER_LME | EFER_LMA;
+    s.seg[Seg::Cs as usize].attr = 0xa9b;
+    s
+}
+
+#[test]
+fn a_fast_exit_reads_and_writes_next_to_nothing() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    cpuid(&mut v);
+    v.set_rip(2);
+    cpuid(&mut v);
+    v.set_rip(4);
+    log();
+    accesses();
+    cpuid(&mut v);
+    // Reason, RSP, length; RIP.
+    assert_eq!((log(), accesses()), (vec!["run"], (3, 1)));
+    v.set_rip(6);
+    assert_eq!(accesses(), (1, 0), "the interrupt shadow");
+    v.unload();
+}
+
+#[test]
+fn a_vmcs_is_cleared_where_it_was_before_another_cpu_takes_it() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    let mut w = vcpu(vmx, 0x2000, false);
+    for cpu in [0, 1, 0, 3] {
+        move_to(cpu);
+        v.load();
+        guest(move |g| {
+            assert_eq!(g.get(field::HOST_TR_BASE), 0x1000 + u64::from(cpu));
+            g.exit(reason::HLT);
+        });
+        assert_eq!(enter(&mut v), Exit::Hlt(2));
+        cpuid(&mut v);
+        v.unload();
+        // The same CPU runs another in between.
+        w.load();
+        cpuid(&mut w);
+        w.unload();
+    }
+}
+
+#[test]
+fn state_of_one_vcpu_can_be_read_while_another_is_loaded() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    let mut w = vcpu(vmx, 0x2000, false);
+    v.load();
+    guest(|g| {
+        g.set(RIP, 0x1234);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    v.unload();
+    w.load();
+    cpuid(&mut w);
+    move_to(1);
+    // On a CPU where nothing is loaded.
+    assert_eq!(v.rip(), 0x1234);
+    move_to(0);
+    v.load_and_forget();
+    assert_eq!(v.rip(), 0x1234);
+    assert_eq!(v.state().rip, 0x1234);
+    cpuid(&mut w);
+    w.unload();
+}
+
+impl Vcpu<Fake> {
+    /// Makes the next read one of the VMCS in memory.
+    fn load_and_forget(&mut self) {
+        self.vmcs.forget();
+    }
+}
+
+#[test]
+fn translations_are_kept_until_there_is_a_reason() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    let flushed = |v: &mut Vcpu<Fake>| {
+        log();
+        cpuid(v);
+        log()
+    };
+    v.load();
+    assert_eq!(flushed(&mut v), ["invept", "run"]);
+    assert_eq!(flushed(&mut v), ["run"]);
+    v.unload();
+    v.load();
+    assert_eq!(flushed(&mut v), ["run"], "still there");
+    v.set_cr(3, 0x5000);
+    assert_eq!(flushed(&mut v), ["invvpid", "run"]);
+    v.flush_tlb();
+    v.set_cr(3, 0x6000);
+    assert_eq!(flushed(&mut v), ["invept", "run"]);
+    v.unload();
+    for cpu in [1, 0] {
+        move_to(cpu);
+        v.load();
+        assert_eq!(flushed(&mut v), ["invept", "run"], "from another CPU");
+        v.unload();
+    }
+    // Without VPIDs every entry forgets linear addresses.
+    let no = Features::VPID;
+    let vmx = boot(settle(&caps::tests::skylake(), no).unwrap());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    flushed(&mut v);
+    v.set_cr(3, 0x5000);
+    assert_eq!(flushed(&mut v), ["run"]);
+    v.unload();
+}
+
+#[test]
+fn each_vcpu_has_a_vpid_and_ports_of_its_kind() {
+    let vmx = boot(new());
+    vmx.hwdom_ports(0, 0xffff, true);
+    let mut seen = std::collections::BTreeSet::new();
+    for (n, hardware_domain) in [(0u64, true), (1, false), (2, false)] {
+        let mut v = vcpu(vmx, 0x1000 * (n + 1), hardware_domain);
+        v.load();
+        let (tx, rx) = std::sync::mpsc::channel();
+        guest(move |g| {
+            tx.send((
+                g.get(field::VPID),
+                g.get(field::IO_BITMAP_A),
+                g.get(field::EPTP),
+            ))
+            .unwrap();
+            assert_eq!(g.get(field::IO_BITMAP_B), g.get(field::IO_BITMAP_A) + 4096);
+            g.exit(reason::HLT);
+        });
+        enter(&mut v);
+        let (vpid, ports, eptp) = rx.recv().unwrap();
+        assert!(vpid != 0 && seen.insert(vpid));
+        let map = if hardware_domain {
+            &vmx.hwdom_ports
+        } else {
+            &vmx.no_ports
+        };
+        assert_eq!(ports, map.mpa().get());
+        assert_eq!(eptp, 0x1000 * (n + 1) + 0x1e);
+        v.unload();
+    }
+}
+
+#[test]
+fn every_state_survives_the_round_trip() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    assert_eq!(v.state(), ArchState::at_reset());
+    let mut user = long_mode();
+    user.cr2 = 0xdead;
+    user.cr3 = 0x5000;
+    user.cr4 |= CR4_MCE;
+    user.efer |= EFER_NXE;
+    user.seg[Seg::Cs as usize].attr = 0xafb;
+    user.seg[Seg::Ss as usize].attr = 0x60; // unusable, at level 3
+    user.seg[Seg::Gs as usize].base = 0xffff_8880_0000_0000;
+    user.sysenter = [0x10, 0xffff_8000_0000_0000, 0xffff_8000_0000_1000];
+    user.syscall = [0x23_0010 << 32, 0xffff_8000_0000_2000, 0, 0x4_7700];
+    user.kernel_gs_base = 0x7fff_0000_0000;
+    user.pat = 0x0007_0106_0007_0406;
+    user.dr6 = 0xffff_0ff1;
+    user.dr7 = 0x401;
+    user.rflags |= RFLAGS_IF;
+    user.shadow = true;
+    for s in [
+        ArchState::at_sipi(0x9a),
+        ArchState::at_pvh_entry(0x100_0000),
+        user,
+    ] {
+        v.set_state(&s);
+        assert_eq!(v.state(), s);
+        v.load();
+        cpuid(&mut v);
+        assert_eq!(v.state(), s, "loaded, too");
+        v.unload();
+        v.load_and_forget();
+        assert_eq!(v.state(), s, "and after it");
+    }
+    assert_eq!(v.cpl(), 3);
+}
+
+#[test]
+fn the_processor_gets_control_registers_that_it_accepts() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    guest(|g| {
+        // At reset the guest sees CD and NW; NE is what VMX wants.
+        assert_eq!(g.get(CR0), 0x30);
+        assert_eq!(g.get(CR0_SHADOW), 0x6000_0010);
+        assert_eq!(g.get(CR4), 0x2040, "VMXE and MCE");
+        assert_eq!(g.get(ENTRY) & 0x200, 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    assert_eq!((v.cr(0), v.cr(4)), (0x6000_0010, 0));
+    v.set_state(&long_mode());
+    guest(|g| {
+        assert_eq!(g.get(CR0), 0x8000_0031);
+        assert_eq!(g.get(CR4), 0x2060);
+        assert_eq!(g.get(ENTRY) & 0x200, 0x200);
+        // Leaves long mode by itself.
+        g.set(CR0, 0x31);
+        g.set(0x2806, EFER_LME);
+        g.set(ENTRY, g.get(ENTRY) & !0x200);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    assert_eq!((v.cr(0), v.efer()), (0x11, EFER_LME));
+    v.set_cr(0, 0x8000_0011);
+    guest(|g| {
+        assert_eq!(g.get(ENTRY) & 0x200, 0x200);
+        assert_eq!(g.get(0x2806), EFER_LME | EFER_LMA);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    v.unload();
+}
+
+/// MOV to CR`number` from RBX.
+fn moves(number: u64) {
+    guest(move |g| {
+        g.exit(reason::CONTROL_REGISTER);
+        g.set(field::QUALIFICATION, 3 << 8 | number);
+        g.set(field::LENGTH, 3);
+    });
+}
+
+fn moved(v: &mut Vcpu<Fake>, number: u64, value: u64) -> Option<Event> {
+    let rip = v.rip();
+    let (tx, rx) = std::sync::mpsc::channel();
+    moves(number);
+    guest(move |g| {
+        tx.send((g.get(field::INJECT), g.get(RIP))).unwrap();
+        g.exit(reason::HLT);
+    });
+    let mut regs = Gprs {
+        rbx: value,
+        ..Gprs::default()
+    };
+    assert_eq!(v.enter(&mut regs), Exit::Hlt(2));
+    let (word, now) = rx.recv().unwrap();
+    let event = inject::decode(word);
+    assert_eq!(now, if event.is_none() { rip + 3 } else { rip });
+    event
+}
+
+#[test]
+fn moves_to_bits_the_guest_does_not_have_are_done_here() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.set_state(&long_mode());
+    v.load();
+    let cr0 = v.cr(0);
+    assert_eq!(moved(&mut v, 0, cr0 | CR0_CD), None);
+    assert_eq!(v.cr(0), cr0 | CR0_CD);
+    assert_eq!(moved(&mut v, 0, cr0 | 0x20), None, "NE");
+    assert_eq!(v.cr(0), cr0 | 0x20);
+    for bad in [
+        cr0 | CR0_NW,
+        cr0 | 1 << 32,
+        cr0 & !CR0_PE | CR0_CD,
+        (cr0 & !CR0_PG) | CR0_CD,
+    ] {
+        assert_eq!(moved(&mut v, 0, bad), Some(Event::GP), "{bad:#x}");
+    }
+    assert_eq!(v.cr(0), cr0 | 0x20);
+    assert_eq!(moved(&mut v, 4, CR4_PAE | CR4_MCE), None);
+    assert_eq!(v.cr(4), CR4_PAE | CR4_MCE);
+    for bad in [
+        CR4_PAE | 1 << 13,
+        CR4_PAE | 1 << 14,
+        CR4_PAE | 1 << 23,
+        CR4_PAE | 1 << 40,
+        CR4_MCE,
+    ] {
+        assert_eq!(moved(&mut v, 4, bad), Some(Event::GP), "{bad:#x}");
+    }
+    assert_eq!(v.cr(4), CR4_PAE | CR4_MCE);
+    // A stack pointer is a source like any other.
+    guest(|g| {
+        g.exit(reason::CONTROL_REGISTER);
+        g.set(field::QUALIFICATION, 4 << 8 | 4);
+        g.set(RSP, CR4_PAE);
+    });
+    guest_exits(reason::HLT);
+    enter(&mut v);
+    assert_eq!(v.cr(4), CR4_PAE);
+    v.unload();
+}
+
+/// One 2 MiB page of guest memory at 0, which is machine memory at 0x20_0000.
+fn map_low_memory(root: u64) {
+    machine(|m| {
+        m.memory.insert(root, 0xa000 | 7);
+        m.memory.insert(0xa000, 0xb000 | 7);
+        m.memory.insert(0xb000, 0x20_0000 | 0x80 | 0x30 | 7);
+    });
+}
+
+#[test]
+fn pointers_of_pae_paging_are_read_through_the_tables() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x9000, false);
+    map_low_memory(0x9000);
+    machine(|m| {
+        for (n, p) in [0x5001u64, 0x6001, 0, 0x7001].into_iter().enumerate() {
+            m.memory.insert(0x20_1020 + 8 * n as u64, p);
+        }
+    });
+    let mut s = ArchState::at_pvh_entry(0x100_0000);
+    s.cr0 |= CR0_PG;
+    s.cr4 = CR4_PAE;
+    s.cr3 = 0x1020;
+    v.set_state(&s);
+    v.load();
+    guest(|g| {
+        assert_eq!(
+            [0x280a, 0x280c, 0x280e, 0x2810].map(|f| g.get(f)),
+            [0x5001, 0x6001, 0, 0x7001]
+        );
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    // Reserved bits are a #GP for the guest that loads them, never a failed entry.
+    machine(|m| m.memory.insert(0x20_1020, 0x5003));
+    let cr0 = v.cr(0);
+    assert_eq!(moved(&mut v, 0, cr0 | CR0_CD), Some(Event::GP));
+    v.set_state(&s);
+    guest(|g| {
+        assert_eq!(g.get(0x280a), 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    // So is memory that is not there.
+    s.cr3 = 0x4000_0000;
+    v.set_state(&s);
+    guest_exits(reason::HLT);
+    assert_eq!(enter(&mut v), Exit::Hlt(2));
+    v.unload();
+}
+
+#[test]
+fn a_state_that_entry_would_refuse_is_not_tried() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    let mut s = ArchState::at_reset();
+    s.cr4 = 1 << 63;
+    v.set_state(&s);
+    v.load();
+    log();
+    assert_eq!(
+        enter(&mut v),
+        Exit::EntryFailed {
+            vendor_code: 0,
+            check: "CR4 reserved bits"
+        }
+    );
+    assert_eq!(log(), [] as [&str; 0]);
+    v.set_state(&ArchState::at_reset());
+    cpuid(&mut v);
+    v.unload();
+}
+
+#[test]
+fn a_failed_entry_names_the_check() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.set_state(&long_mode());
+    v.load();
+    cpuid(&mut v);
+    let check = |v: &mut Vcpu<Fake>| match enter(v) {
+        Exit::EntryFailed { check, .. } => check,
+        other => panic!("{other:?}"),
+    };
+    guest(|g| {
+        g.exit(1 << 31 | reason::GUEST_STATE);
+        g.set(0x4816, 0xc09b | 1 << 13); // CS.L and CS.D
+    });
+    assert_eq!(check(&mut v), "CS.L and CS.D");
+    guest(|g| {
+        g.set(0x4816, 0xa09b);
+        g.exit(1 << 31 | reason::GUEST_STATE);
+    });
+    assert_eq!(check(&mut v), "guest state, by a check that is not known");
+    entry_ends(Entry::NoVmcs);
+    assert_eq!(check(&mut v), "no current VMCS");
+    v.unload();
+}
+
+#[test]
+fn controls_that_are_refused_are_told_from_guest_state() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    guest(|g| {
+        g.set(field::ERROR, 7);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    entry_ends(Entry::Refused);
+    assert_eq!(
+        enter(&mut v),
+        Exit::EntryFailed {
+            vendor_code: 7,
+            check: "control fields"
+        }
+    );
+    v.unload();
+}
+
+#[test]
+fn events_are_injected_once_and_again_if_interrupted() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.set_state(&long_mode());
+    v.load();
+    cpuid(&mut v);
+    v.inject(Event::page_fault(6));
+    assert_eq!(v.waiting_event(), Some(Event::page_fault(6)));
+    guest(|g| {
+        assert_eq!(g.get(field::INJECT), 0x8000_0b0e);
+        assert_eq!(g.get(field::INJECT_ERROR), 6);
+        g.exit(reason::EPT_VIOLATION);
+        g.set(field::GPA, 0x1000);
+        g.set(field::VECTORING, 0x8000_0b0e);
+        g.set(field::VECTORING_ERROR, 6);
+    });
+    assert!(matches!(enter(&mut v), Exit::NestedFault(_)));
+    assert!(v.event_pending());
+    guest(|g| {
+        assert_eq!(g.get(field::INJECT), 0x8000_0b0e);
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    assert!(!v.event_pending());
+    guest(|g| {
+        assert_eq!(g.get(field::INJECT) >> 31, 0);
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    v.unload();
+}
+
+#[test]
+fn a_software_interrupt_without_a_length_still_returns_behind_itself() {
+    for (caps, length) in [(new(), 0), (old(), 1)] {
+        let vmx = boot(caps);
+        let mut v = vcpu(vmx, 0x1000, false);
+        v.set_state(&long_mode());
+        v.set_rip(0x5000);
+        v.inject(Event::Software(0x80));
+        v.load();
+        for _ in 0..2 {
+            guest(move |g| {
+                assert_eq!(g.get(field::INJECT), 0x8000_0480);
+                assert_eq!(g.get(field::INJECT_LENGTH), length);
+                assert_eq!(g.get(RIP) + length, 0x5000);
+                g.exit(reason::EPT_VIOLATION);
+                g.set(field::GPA, 0x1000);
+                g.set(field::VECTORING, 0x8000_0480);
+            });
+            enter(&mut v);
+            assert_eq!(v.rip(), 0x5000);
+        }
+        v.unload();
+    }
+}
+
+#[test]
+fn interrupt_windows_open_and_close() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    v.set_interrupt_window(true);
+    guest(|g| {
+        assert_ne!(g.get(PRIMARY) & 4, 0);
+        g.exit(reason::INTERRUPT_WINDOW);
+    });
+    assert_eq!(enter(&mut v), Exit::InterruptWindow);
+    v.set_interrupt_window(false);
+    guest(|g| {
+        assert_eq!(g.get(PRIMARY) & 4, 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    v.unload();
+}
+
+#[test]
+fn an_nmi_waits_for_the_end_of_the_one_before() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.set_state(&long_mode());
+    v.load();
+    v.inject(Event::Nmi);
+    guest(|g| {
+        assert_eq!(g.get(field::INJECT), 0x8000_0202);
+        // Its handler runs.
+        g.set(INTERRUPTIBILITY, 8);
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    v.inject(Event::Nmi);
+    v.inject(Event::Nmi);
+    guest(|g| {
+        assert_eq!(g.get(field::INJECT) >> 31, 0);
+        assert_ne!(g.get(PRIMARY) & 1 << 22, 0);
+        g.set(INTERRUPTIBILITY, 0);
+        g.exit(reason::NMI_WINDOW);
+    });
+    guest(|g| {
+        assert_eq!(g.get(field::INJECT), 0x8000_0202, "one for two");
+        assert_eq!(g.get(PRIMARY) & 1 << 22, 0);
+        g.exit(reason::EPT_VIOLATION);
+        g.set(field::GPA, 0);
+        g.set(field::VECTORING, 0x8000_0202);
+        g.set(INTERRUPTIBILITY, 8);
+    });
+    assert!(matches!(enter(&mut v), Exit::NestedFault(_)));
+    guest(|g| {
+        assert_eq!(g.get(field::INJECT), 0x8000_0202, "not delivered yet");
+        assert_eq!(g.get(INTERRUPTIBILITY), 0, "as entry wants it");
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    v.unload();
+}
+
+#[test]
+fn an_iret_that_faults_outside_leaves_nmis_blocked() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    guest(|g| {
+        g.set(INTERRUPTIBILITY, 0);
+        g.exit(reason::EPT_VIOLATION);
+        g.set(field::GPA, 0);
+        g.set(field::QUALIFICATION, 0x1181);
+    });
+    enter(&mut v);
+    guest(|g| {
+        assert_eq!(g.get(INTERRUPTIBILITY), 8);
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    v.unload();
+}
+
+#[test]
+fn the_hosts_own_nmi_is_handled_at_once() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    log();
+    guest(|g| {
+        g.exit(reason::EVENT);
+        g.set(field::EVENT, 0x8000_0202);
+    });
+    assert_eq!(enter(&mut v), Exit::Nmi);
+    assert!(log().contains(&"nmi"));
+    vmx.take_interrupts();
+    vmx.idle(&|| true);
+    assert_eq!(log(), ["poll"]);
+    v.unload();
+}
+
+#[test]
+fn an_interrupt_shadow_ends_with_the_instruction_and_suits_single_stepping() {
+    const PENDING: u32 = 0x6822;
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    let mut s = long_mode();
+    s.shadow = true;
+    s.rflags |= RFLAGS_IF | RFLAGS_TF;
+    v.set_state(&s);
+    assert!(v.shadow() && !v.can_take_interrupt());
+    v.load();
+    guest(|g| {
+        assert_eq!((g.get(INTERRUPTIBILITY), g.get(PENDING)), (1, 0x4000));
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    v.set_rflags(RFLAGS_IF);
+    guest(|g| {
+        assert_eq!((g.get(INTERRUPTIBILITY), g.get(PENDING)), (1, 0));
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    v.set_rip(5);
+    assert!(!v.shadow() && v.can_take_interrupt());
+    guest(|g| {
+        assert_eq!(g.get(INTERRUPTIBILITY), 0);
+        assert_eq!(g.get(RFLAGS), RFLAGS_IF | 2);
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    v.unload();
+}
+
+#[test]
+fn debug_registers_are_the_guests_from_its_first_access() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    let mut w = vcpu(vmx, 0x2000, false);
+    v.load();
+    guest(|g| {
+        assert_ne!(g.get(PRIMARY) & 1 << 23, 0);
+        g.exit(reason::DEBUG_REGISTER);
+    });
+    guest(|g| {
+        assert_eq!(g.get(PRIMARY) & 1 << 23, 0);
+        machine(|m| m.dr = [1, 2, 3, 4, 0xffff_0ff0]);
+        g.set(0x681a, 0x401);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    // A breakpoint: DR6 is up to the host.
+    guest(|g| {
+        g.exit(reason::EVENT);
+        g.set(field::EVENT, 0x8000_0301);
+        g.set(field::QUALIFICATION, 1);
+    });
+    assert_eq!(
+        enter(&mut v),
+        Exit::Exception {
+            vector: 1,
+            error: 0
+        }
+    );
+    assert_eq!(v.state().dr6, 0xffff_0ff1);
+    v.unload();
+    w.load();
+    machine(|m| m.dr = [9; 5]);
+    guest(|g| {
+        assert_ne!(g.get(PRIMARY) & 1 << 23, 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut w);
+    w.unload();
+    v.load();
+    assert_eq!(
+        machine(|m| m.dr),
+        [1, 2, 3, 4, 0xffff_0ff1],
+        "DR7 enables one"
+    );
+    v.unload();
+}
+
+#[test]
+fn registers_outside_the_vmcs_travel_with_the_vcpu() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    let mut w = vcpu(vmx, 0x2000, false);
+    for (v, tag) in [(&mut v, 0xaau8), (&mut w, 0xbb)] {
+        let mut image = vec![tag; 832];
+        image[512..576].fill(0);
+        image[512] = 7;
+        v.set_fpu(&image);
+        assert!(v.set_msr(msr::LSTAR, tag.into()));
+        v.set_cr(2, tag.into());
+    }
+    for round in 0..3u8 {
+        for (v, tag) in [(&mut v, 0xaau8), (&mut w, 0xbb)] {
+            v.load();
+            guest(move |g| {
+                machine(|m| {
+                    assert_eq!(m.msrs[&msr::LSTAR], u64::from(tag) + u64::from(round));
+                    assert_eq!((m.fpu[0], m.fpu[600]), (tag ^ round, tag));
+                    m.fpu[0] = tag ^ (round + 1);
+                    *m.msrs.get_mut(&msr::LSTAR).unwrap() += 1;
+                });
+                assert_eq!(*g.cr2, u64::from(tag) + u64::from(round));
+                *g.cr2 += 1;
+                g.exit(reason::HLT);
+            });
+            enter(v);
+            let now = u64::from(tag) + u64::from(round) + 1;
+            assert_eq!((v.msr(msr::LSTAR), v.cr(2)), (Some(now), now));
+            v.unload();
+            assert_eq!((v.msr(msr::LSTAR), v.cr(2)), (Some(now), now));
+        }
+    }
+    log();
+    v.load();
+    assert!(log().contains(&"xrstor"));
+    v.unload();
+    v.load();
+    assert!(!log().contains(&"wrmsr"), "they are there already");
+    v.unload();
+}
+
+#[test]
+fn values_that_a_processor_would_refuse_are_refused() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    for index in [msr::LSTAR, msr::FS_BASE, msr::SYSENTER_EIP] {
+        assert!(!v.set_msr(index, 1 << 47), "{index:#x}");
+        assert!(v.set_msr(index, 0xffff_8000_0000_0000));
+        assert_eq!(v.msr(index), Some(0xffff_8000_0000_0000));
+    }
+    assert!(!v.set_msr(msr::PAT, 2));
+    assert!(!v.set_msr(msr::TSC_AUX, 1 << 32));
+    assert!(v.set_msr(msr::TSC_AUX, 5));
+    assert_eq!(v.msr(msr::TSC_AUX), Some(5));
+    assert!(!v.set_msr(0x1234, 0));
+    assert_eq!(v.msr(0x1234), None);
+}
+
+#[test]
+fn registers_travel_between_vmcs_and_gprs() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    let mut regs = Gprs {
+        rax: 1,
+        rsp: 2,
+        ..Gprs::default()
+    };
+    guest(|g| {
+        assert_eq!((g.regs.rax, g.get(RSP)), (1, 2));
+        g.regs.rax = 10;
+        g.set(RSP, 20);
+        g.exit(reason::VMCALL);
+    });
+    assert_eq!(v.enter(&mut regs), Exit::Hypercall(2));
+    assert_eq!((regs.rax, regs.rsp), (10, 20));
+    v.unload();
+}
+
+#[test]
+fn tpr_is_in_the_virtual_apic_page() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.set_tpr(0x1f);
+    assert_eq!(v.tpr(), 15);
+    v.set_tpr(3);
+    assert_eq!(v.tpr(), 3);
+}
+
+#[test]
+fn a_vcpu_gives_its_memory_back_and_leaves_the_processor() {
+    let vmx = boot(new());
+    let before = pages_in_use();
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    cpuid(&mut v);
+    log();
+    drop(v);
+    assert!(log().contains(&"vmclear"));
+    assert_eq!(pages_in_use(), before);
+}
+
+#[test]
+fn an_unlocked_feature_control_is_set_and_a_locked_one_is_reported() {
+    let vmx = boot(new());
+    assert_eq!(machine(|m| m.msrs[&0x3a]), 5);
+    machine(|m| m.msrs.insert(0x3a, 1));
+    assert!(vmx.enable().is_err());
+}
