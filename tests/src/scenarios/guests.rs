@@ -58,6 +58,13 @@ fn demo_runs(c: &mut Console) -> Result<()> {
 
 /// From dom0's shell to a root shell on the guest's console.
 fn log_in(c: &mut Console, guest: &str) -> Result<()> {
+    // xenconsoled gives a new guest's console its terminal a moment after the guest has its name.
+    c.run(
+        &format!(
+            "for i in $(seq 60); do xenstore-read /local/domain/$(xl domid {guest})/console/tty && break; sleep 1; done"
+        ),
+        120,
+    )?;
     c.send(&format!("xl console {guest}\n"))?;
     c.send("\n")?;
     c.expect(r"demo login: ", 300)?;
