@@ -91,6 +91,10 @@ pub struct Machine {
     pub ssh_port: Option<u16>,
     /// A serial port for people, with QEMU's monitor behind Ctrl-A c.
     pub interactive: bool,
+    /// One thread for all emulated processors, because with one for each a guest crashes every few
+    /// minutes, under whatever hypervisor (docs/emulators.md). Stock Xen's dom0 does not live long
+    /// with one thread, for the other reason given there.
+    pub one_thread: bool,
     /// Whether a reset ends QEMU.
     pub no_reboot: bool,
     /// More arguments for QEMU.
@@ -112,6 +116,7 @@ impl Machine {
             iommu: true,
             ssh_port: None,
             interactive: false,
+            one_thread: true,
             no_reboot: true,
             extra: Vec::new(),
         }
@@ -130,11 +135,11 @@ impl Machine {
             ]),
             Accel::Tcg => qemu.args([
                 "-accel",
-                // One thread for all processors, because with one for each a guest crashes every few
-                // minutes, under whatever hypervisor: every FXRSTOR of any processor clears IGNNE
-                // in the first one's flags without a lock, and that can undo what a #VMEXIT has
-                // just done to them (seen in QEMU 7.2: nested paging still on in the host).
-                "tcg,thread=single",
+                if self.one_thread {
+                    "tcg,thread=single"
+                } else {
+                    "tcg"
+                },
                 "-cpu",
                 self.cpu.as_deref().unwrap_or("qemu64,+svm,+npt"),
             ]),

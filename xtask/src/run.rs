@@ -107,6 +107,7 @@ pub fn run(args: &Args) -> Result<()> {
     machine.snapshot = !args.keep;
     machine.no_reboot = false;
     machine.interactive = true;
+    machine.one_thread = !args.stock;
     machine.ssh_port = free_port();
     machine.extra.clone_from(&args.qemu_arg);
 

@@ -170,7 +170,7 @@ fn machines(chosen: &[&Scenario], stock: bool, count: &mut Count) -> Result<()> 
             let boot = parts.boot_disk(scenario)?;
             let results = results.clone();
             scope.spawn(move || {
-                let outcome = Outcome::of(scenario, &boot);
+                let outcome = Outcome::of(scenario, &boot, stock);
                 // Nobody listens only when the whole run has failed.
                 let _ = results.send(outcome);
                 let _ = fs::remove_file(&boot);
@@ -195,11 +195,11 @@ struct Outcome {
 
 impl Outcome {
     /// Plays it.
-    fn of(scenario: &Scenario, boot: &Path) -> Self {
+    fn of(scenario: &Scenario, boot: &Path, stock: bool) -> Self {
         let log = paths::test_logs().join(format!("{}.log", scenario.name));
         let start = Instant::now();
         let mut findings = Vec::new();
-        let result = perform(scenario, boot, &log, &mut findings);
+        let result = perform(scenario, boot, stock, &log, &mut findings);
         Self {
             name: scenario.name,
             log,
@@ -296,6 +296,7 @@ impl Drop for Running {
 fn perform(
     scenario: &Scenario,
     disk: &Path,
+    stock: bool,
     log: &Path,
     findings: &mut Vec<String>,
 ) -> Result<()> {
@@ -310,6 +311,7 @@ fn perform(
     machine.mem = scenario.mem;
     machine.cpu = scenario.cpu.map(str::to_owned);
     machine.iommu = scenario.iommu;
+    machine.one_thread = !stock;
     // Every scenario starts from the same disk.
     machine.snapshot = true;
     let mut qemu = machine.command()?;
