@@ -1011,6 +1011,11 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     }
 
     #[inline]
+    fn code_attributes(&self) -> u16 {
+        state::attributes(Seg::Cs, self.segment_field(Seg::Cs, Part::Rights))
+    }
+
+    #[inline]
     fn cpl(&self) -> u8 {
         state::dpl(self.segment_field(Seg::Ss, Part::Rights))
     }

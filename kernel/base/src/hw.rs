@@ -412,6 +412,10 @@ pub trait HwVcpu: Send + Debug {
     fn set_efer(&mut self, v: u64);
     /// A segment register; loaded or not.
     fn segment(&self, s: Seg) -> Segment;
+    /// The attributes of CS alone, which every step over an instruction asks for.
+    fn code_attributes(&self) -> u16 {
+        self.segment(Seg::Cs).attr
+    }
     /// Privilege level.
     fn cpl(&self) -> u8;
     /// An MSR that the processor or the VMCB/VMCS holds for the guest (syscall, sysenter, PAT, FS

@@ -1,6 +1,6 @@
 //! CPUID: the domain's policy and what depends on the state of the vCPU.
 
-use galvan_base::state::{EFER_LMA, Seg};
+use galvan_base::state::EFER_LMA;
 use galvan_devices::vlapic::Mode;
 
 use super::{Next, insn};
@@ -49,7 +49,7 @@ fn lookup(cx: &Cx<'_>, leaf: u32, subleaf: u32) -> [u32; 4] {
         apic_enabled: cx.st.lapic.mode() != Mode::Disabled,
         long_mode: extended
             && hw.efer() & EFER_LMA != 0
-            && hw.segment(Seg::Cs).attr & (1 << 9) != 0,
+            && hw.code_attributes() & (1 << 9) != 0,
         tsc: &tsc,
     };
     cx.dom.cpu_policy.read().cpuid(leaf, subleaf, &caller)

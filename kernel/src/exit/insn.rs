@@ -8,7 +8,7 @@
 
 use core::sync::atomic::Ordering;
 
-use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
+use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg};
 use galvan_base::{Gpa, Mfn, PAGE_SIZE};
 
 use super::Next;
@@ -195,7 +195,7 @@ fn match_kind(bytes: &[u8], bits: Bits, kind: Kind) -> Result<u8, DecodeError> {
 pub fn advance(cx: &mut Cx<'_>, len: u8) {
     let hw = &mut cx.st.hw;
     let rip = hw.rip();
-    let next = wrap(hw.segment(Seg::Cs), rip, rip.wrapping_add(len.into()));
+    let next = wrap(hw.code_attributes(), rip, rip.wrapping_add(len.into()));
     hw.set_rip(next);
     if hw.rflags() & (Flags::TF | Flags::RF) != 0 {
         completed(cx);
@@ -213,10 +213,10 @@ pub(super) fn jump(cx: &mut Cx<'_>, to: u64) {
 const LONG: u16 = 1 << 9;
 const DEFAULT_32: u16 = 1 << 10;
 
-fn wrap(cs: Segment, from: u64, next: u64) -> u64 {
-    if cs.attr & LONG != 0 {
+fn wrap(cs: u16, from: u64, next: u64) -> u64 {
+    if cs & LONG != 0 {
         next
-    } else if cs.attr & DEFAULT_32 != 0 || from > 0xffff {
+    } else if cs & DEFAULT_32 != 0 || from > 0xffff {
         // Beyond 64 KiB a 16-bit segment has a limit that its guest has enlarged.
         next & 0xffff_ffff
     } else {
@@ -243,10 +243,10 @@ pub(super) fn completed(cx: &mut Cx<'_>) {
 /// The width of the code that is executing.
 pub(super) fn bits(cx: &Cx<'_>) -> Bits {
     let hw = &cx.st.hw;
-    let cs = hw.segment(Seg::Cs);
-    if cs.attr & LONG != 0 && hw.efer() & EFER_LMA != 0 {
+    let cs = hw.code_attributes();
+    if cs & LONG != 0 && hw.efer() & EFER_LMA != 0 {
         Bits::B64
-    } else if cs.attr & DEFAULT_32 != 0 {
+    } else if cs & DEFAULT_32 != 0 {
         Bits::B32
     } else {
         Bits::B16
