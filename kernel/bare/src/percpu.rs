@@ -41,10 +41,6 @@ pub struct PerCpu {
     pub timer_armed: AtomicU64,
     /// How deep this CPU is in exceptions: a second one while reporting the first only halts.
     pub exceptions: Cell<u32>,
-    /// This CPU's area in the direct map.
-    pub area: Mpa,
-    /// Its top-level table.
-    pub root: Mpa,
 }
 
 /// The calling CPU's area.
@@ -89,8 +85,6 @@ pub fn create(id: CpuId) -> (Mpa, Mpa) {
         vectors: [const { AtomicU32::new(0) }; 256],
         timer_armed: AtomicU64::new(u64::MAX),
         exceptions: Cell::new(0),
-        area,
-        root,
     };
     // SAFETY: fresh pages, large enough and page aligned, that no CPU uses yet.
     unsafe {
