@@ -45,7 +45,7 @@ impl std::fmt::Display for Accel {
         f.write_str(match self {
             Self::Kvm => "KVM with nested virtualisation",
             Self::Tcg if nested("kvm_intel") => {
-                "TCG, QEMU's emulation of AMD-V (this host's KVM offers VT-x, which is not driven yet)"
+                "TCG, QEMU's emulation of AMD-V (this host's KVM offers VT-x, with which Galvan has not been tried)"
             }
             Self::Tcg => {
                 "TCG, QEMU's emulation of AMD-V (this host has no KVM with nested virtualisation)"
