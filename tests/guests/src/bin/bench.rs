@@ -1,0 +1,384 @@
+//! Counts what operations cost: ticks of the timestamp counter from before to after, less those of
+//! nothing, the least of many runs.
+//!
+//! Meant for QEMU with `-icount shift=0,sleep=off -smp 1`, where a tick is an executed instruction of
+//! guest or hypervisor, so that two boots of one binary give the same numbers to the digit. On real
+//! processors the ticks are cycles of a fixed clock.
+//!
+//! Each line is `BENCH name ticks`, or `BENCH name failed result`; the last is `BENCH-END`.
+#![no_std]
+#![no_main]
+
+use core::sync::atomic::Ordering::Relaxed;
+
+use galvan_dom0_proto::grant_table as gt;
+use galvan_dom0_proto::hvm::{
+    HVM_PARAM_CALLBACK_IRQ, HVMOP_GET_PARAM, HvmStartInfo, XenHvmParam,
+};
+use galvan_dom0_proto::memory::{
+    XENMAPSPACE_GRANT_TABLE, XENMEM_ADD_TO_PHYSMAP, XENMEM_DECREASE_RESERVATION,
+    XENMEM_POPULATE_PHYSMAP, XenAddToPhysmap, XenMemoryReservation,
+};
+use galvan_dom0_proto::vcpu::{VCPUOP_SET_SINGLESHOT_TIMER, VcpuSetSingleshotTimer};
+use galvan_dom0_proto::xen::{
+    HYPERVISOR_EVENT_CHANNEL_OP, HYPERVISOR_GRANT_TABLE_OP, HYPERVISOR_HVM_OP,
+    HYPERVISOR_MEMORY_OP, HYPERVISOR_MULTICALL, HYPERVISOR_VCPU_OP, HYPERVISOR_XEN_VERSION,
+    MulticallEntry, VIRQ_TIMER,
+};
+use galvan_dom0_proto::{DomId, GntStatus, GuestHandle};
+use galvan_guests::hypercall::{call, op};
+use galvan_guests::{Page, cpu, entry, events, println};
+
+/// Runs of each operation.
+const RUNS: u32 = 300;
+
+static GRANTS: Page = Page::new();
+static GRANTED: Page = Page::new();
+static TARGET: Page = Page::new();
+static BALLOON: Page = Page::new();
+/// Where a grant is mapped: a hole of its own.
+static WINDOW: Page = Page::new();
+
+/// The least ticks that `f` takes, with `before` ahead of each run.
+#[inline(always)]
+fn least(mut before: impl FnMut(), mut f: impl FnMut()) -> u64 {
+    let mut least = u64::MAX;
+    for _ in 0..RUNS {
+        before();
+        let a = cpu::rdtsc();
+        f();
+        let b = cpu::rdtsc();
+        least = least.min(b.wrapping_sub(a));
+    }
+    least
+}
+
+struct Bench {
+    nothing: u64,
+}
+
+impl Bench {
+    #[inline(always)]
+    fn run(&self, name: &str, f: impl FnMut()) {
+        self.run_after(name, || {}, f);
+    }
+
+    #[inline(always)]
+    fn run_after(&self, name: &str, before: impl FnMut(), f: impl FnMut()) {
+        let ticks = least(before, f).wrapping_sub(self.nothing);
+        println!("BENCH {name} {ticks}");
+    }
+}
+
+fn failed(name: &str, r: i64) {
+    println!("BENCH {name} failed {r}");
+}
+
+#[unsafe(no_mangle)]
+fn guest_main(_: &'static HvmStartInfo) {
+    println!("BENCH-BEGIN");
+    let b = Bench { nothing: least(|| {}, || {}) };
+    let nops = least(
+        || {},
+        || {
+            // SAFETY: nothing happens.
+            unsafe { core::arch::asm!(".fill 100, 1, 0x90") }
+        },
+    );
+    println!("CLOCK empty {} hundred-nops {}", b.nothing, nops - b.nothing);
+
+    instructions(&b);
+    hypercalls(&b);
+    if events::enable_x2apic() {
+        match events::set_up() {
+            0 => {
+                channels(&b);
+                timer(&b);
+            }
+            r => failed("events", r),
+        }
+    } else {
+        println!("no x2APIC: events left out");
+    }
+    grants(&b);
+    memory(&b);
+    println!("BENCH-END");
+}
+
+fn instructions(b: &Bench) {
+    b.run("cpuid", || {
+        cpu::cpuid(1, 0);
+    });
+    b.run("rdmsr", || {
+        cpu::rdmsr(0x1b);
+    });
+    // The PIT, which no guest of this kind has.
+    b.run("port", || {
+        cpu::inb(0x42);
+    });
+    b.run("mmio-hole", || {
+        cpu::read32(entry::HOLE);
+    });
+    events::enable_xapic();
+    b.run("xapic-read", || {
+        cpu::read32(0xfee0_0020);
+    });
+    b.run("xapic-eoi", || cpu::write32(0xfee0_00b0, 0));
+}
+
+fn hypercalls(b: &Bench) {
+    b.run("null", || {
+        call(HYPERVISOR_XEN_VERSION, [0; 5]);
+    });
+    b.run("unknown", || {
+        call(60, [0; 5]);
+    });
+    let mut param = XenHvmParam { domid: DomId::SELF, _pad: 0, index: HVM_PARAM_CALLBACK_IRQ, value: 0 };
+    let r = op(HYPERVISOR_HVM_OP, HVMOP_GET_PARAM, &mut param);
+    if r == 0 {
+        b.run("buffer", || {
+            op(HYPERVISOR_HVM_OP, HVMOP_GET_PARAM, &mut param);
+        });
+    } else {
+        failed("buffer", r);
+    }
+    let mut list = [MulticallEntry { op: HYPERVISOR_XEN_VERSION.into(), result: 0, args: [0; 6] }; 10];
+    let r = call(HYPERVISOR_MULTICALL, [list.as_mut_ptr() as u64, 10, 0, 0, 0]);
+    if r == 0 && list.iter().all(|e| e.result >> 16 == 4) {
+        b.run("multicall", || {
+            call(HYPERVISOR_MULTICALL, [list.as_mut_ptr() as u64, 10, 0, 0, 0]);
+        });
+    } else {
+        failed("multicall", r);
+    }
+}
+
+fn channels(b: &Bench) {
+    let pair = events::alloc_unbound(DomId::SELF)
+        .and_then(|near| events::bind_interdomain(DomId::SELF, near).map(|far| (near, far)));
+    match pair {
+        Ok((near, far)) => {
+            b.run_after("send-masked", events::clear_pending, || {
+                events::send(far);
+            });
+            events::clear_pending();
+            events::set_masked(near, false);
+            upcall(b, "send-self", far);
+            events::set_masked(near, true);
+        }
+        Err(r) => failed("send-self", r),
+    }
+    match events::bind_ipi() {
+        Ok(port) => {
+            events::set_masked(port, false);
+            upcall(b, "ipi", port);
+            events::set_masked(port, true);
+        }
+        Err(r) => failed("ipi", r),
+    }
+}
+
+/// Send, and the upcall that comes of it, handler and EOI included.
+fn upcall(b: &Bench, name: &str, port: u32) {
+    cpu::interrupts_on();
+    let before = events::UPCALLS.load(Relaxed);
+    let r = events::send(port);
+    for _ in 0..100_000 {
+        if events::UPCALLS.load(Relaxed) != before {
+            break;
+        }
+    }
+    if events::UPCALLS.load(Relaxed) == before {
+        cpu::interrupts_off();
+        return failed(name, r);
+    }
+    b.run(name, || {
+        let before = events::UPCALLS.load(Relaxed);
+        events::send(port);
+        while events::UPCALLS.load(Relaxed) == before {}
+    });
+    cpu::interrupts_off();
+}
+
+/// System time, and the timestamp counter at that time.
+fn now() -> (u64, u64) {
+    let (time_stamp, system, factors) = loop {
+        let v = events::SHARED.get(4) as u32;
+        let t = (events::SHARED.get(5), events::SHARED.get(6), events::SHARED.get(7));
+        if v & 1 == 0 && events::SHARED.get(4) as u32 == v {
+            break t;
+        }
+    };
+    let tsc = cpu::rdtsc();
+    let delta = tsc.wrapping_sub(time_stamp);
+    let shift = (factors >> 32) as i8;
+    let delta = if shift < 0 { delta >> -shift } else { delta << shift };
+    let ns = (u128::from(delta) * u128::from(factors as u32)) >> 32;
+    (system + ns as u64, tsc)
+}
+
+/// Ticks of the timestamp counter in `ns`.
+fn ticks(ns: u64) -> u64 {
+    let factors = events::SHARED.get(7);
+    let shift = (factors >> 32) as i8;
+    let t = ((u128::from(ns) << 32) / u128::from((factors as u32).max(1))) as u64;
+    if shift < 0 { t << -shift } else { t >> shift }
+}
+
+fn timer(b: &Bench) {
+    let port = match events::bind_virq(VIRQ_TIMER) {
+        Ok(port) => port,
+        Err(r) => return failed("timer", r),
+    };
+    let set = |at: u64| {
+        let mut t = VcpuSetSingleshotTimer { timeout_abs_ns: at, flags: 0, _pad: 0 };
+        call(HYPERVISOR_VCPU_OP, [VCPUOP_SET_SINGLESHOT_TIMER.into(), 0, &raw mut t as u64, 0, 0])
+    };
+    let far = now().0 + 1_000_000_000;
+    let r = set(far);
+    if r != 0 {
+        return failed("timer", r);
+    }
+    b.run("timer", || {
+        set(far);
+    });
+
+    // From the moment the timer is due to the first instruction of the upcall's handler, having
+    // waited for it in HLT.
+    events::clear_pending();
+    events::set_masked(port, false);
+    let mut least = u64::MAX;
+    for i in 0..u64::from(RUNS) {
+        let (ns, tsc) = now();
+        let ahead = 60_000 + i * 37;
+        set(ns + ahead);
+        let before = events::UPCALLS.load(Relaxed);
+        while events::UPCALLS.load(Relaxed) == before {
+            cpu::halt();
+        }
+        let due = tsc + ticks(ahead);
+        let late = events::UPCALL_TSC.load(Relaxed).wrapping_sub(due) as i64;
+        if late >= 0 {
+            least = least.min(late as u64);
+        }
+    }
+    events::set_masked(port, true);
+    println!("BENCH hlt-timer {least}");
+}
+
+fn grants(b: &Bench) {
+    let mut map = XenAddToPhysmap {
+        domid: DomId::SELF,
+        size: 0,
+        space: XENMAPSPACE_GRANT_TABLE,
+        idx: 0,
+        gpfn: GRANTS.gfn(),
+    };
+    let r = op(HYPERVISOR_MEMORY_OP, XENMEM_ADD_TO_PHYSMAP, &mut map);
+    if r != 0 {
+        return failed("grants", r);
+    }
+    // Granted to itself; a guest finds its own id in CPUID.
+    let me = if galvan_guests::console::is_privileged() { 0 } else { cpu::cpuid(0x4000_0004, 0)[2] as u16 };
+    let gref = gt::GNTTAB_NR_RESERVED_ENTRIES + 1;
+    GRANTS.set(
+        gref as usize,
+        u64::from(gt::GTF_PERMIT_ACCESS) | u64::from(me) << 16 | GRANTED.gfn() << 32,
+    );
+
+    // Mapped where there is nothing.
+    let r = reservation(XENMEM_DECREASE_RESERVATION, WINDOW.gfn());
+    if r != 1 {
+        failed("grant-map", r);
+    }
+    let map_one = || {
+        let mut m = gt::GnttabMapGrantRef {
+            host_addr: WINDOW.addr(),
+            flags: gt::GNTMAP_HOST_MAP,
+            gref,
+            dom: DomId(me),
+            status: GntStatus(0),
+            handle: 0,
+            dev_bus_addr: 0,
+        };
+        let r = call(HYPERVISOR_GRANT_TABLE_OP, [gt::GNTTABOP_MAP_GRANT_REF.into(), &raw mut m as u64, 1, 0, 0]);
+        if r == 0 && m.status == GntStatus(0) { Ok(m.handle) } else { Err(r * 100 + i64::from(m.status.0)) }
+    };
+    let unmap_one = |handle: u32| {
+        let mut u = gt::GnttabUnmapGrantRef {
+            host_addr: WINDOW.addr(),
+            dev_bus_addr: 0,
+            handle,
+            status: GntStatus(0),
+            _pad: 0,
+        };
+        let r = call(HYPERVISOR_GRANT_TABLE_OP, [gt::GNTTABOP_UNMAP_GRANT_REF.into(), &raw mut u as u64, 1, 0, 0]);
+        if r == 0 { i64::from(u.status.0) } else { r }
+    };
+    match map_one() {
+        Ok(handle) => {
+            GRANTED.set(7, 0x6761_6c76);
+            let seen = WINDOW.get(7);
+            let r = unmap_one(handle);
+            if seen != 0x6761_6c76 || r != 0 {
+                failed("grant-map", r);
+            } else {
+                b.run("grant-map", || {
+                    if let Ok(handle) = map_one() {
+                        unmap_one(handle);
+                    }
+                });
+            }
+        }
+        Err(r) => failed("grant-map", r),
+    }
+
+    let copy = || {
+        let mut c = gt::GnttabCopy {
+            source: gt::GnttabCopyPtr { gmfn: gref.into(), domid: DomId(me), offset: 0, _pad: 0 },
+            dest: gt::GnttabCopyPtr { gmfn: TARGET.gfn(), domid: DomId::SELF, offset: 0, _pad: 0 },
+            len: 4096,
+            flags: gt::GNTCOPY_SOURCE_GREF,
+            status: GntStatus(0),
+            _pad: 0,
+        };
+        let r = call(HYPERVISOR_GRANT_TABLE_OP, [gt::GNTTABOP_COPY.into(), &raw mut c as u64, 1, 0, 0]);
+        if r == 0 { i64::from(c.status.0) } else { r }
+    };
+    let r = copy();
+    if r == 0 && TARGET.get(7) == 0x6761_6c76 {
+        b.run("grant-copy", || {
+            copy();
+        });
+    } else {
+        failed("grant-copy", r);
+    }
+}
+
+#[inline(always)]
+fn reservation(cmd: u32, gfn: u64) -> i64 {
+    let frame = gfn;
+    let mut r = XenMemoryReservation {
+        extent_start: GuestHandle::new(&raw const frame as u64),
+        nr_extents: 1,
+        extent_order: 0,
+        mem_flags: 0,
+        domid: DomId::SELF,
+        _pad: [0; 6],
+    };
+    op(HYPERVISOR_MEMORY_OP, cmd, &mut r)
+}
+
+fn memory(b: &Bench) {
+    let gfn = BALLOON.gfn();
+    let first = reservation(XENMEM_DECREASE_RESERVATION, gfn);
+    let second = reservation(XENMEM_POPULATE_PHYSMAP, gfn);
+    if (first, second) != (1, 1) {
+        return failed("balloon", first * 1000 + second);
+    }
+    b.run("balloon", || {
+        reservation(XENMEM_DECREASE_RESERVATION, gfn);
+        reservation(XENMEM_POPULATE_PHYSMAP, gfn);
+    });
+    let _ = HYPERVISOR_EVENT_CHANNEL_OP;
+}
