@@ -23,7 +23,7 @@ pub const VECTOR: u8 = 0xf3;
 pub static SHARED: Page = Page::new();
 /// Upcalls taken.
 pub static UPCALLS: AtomicU64 = AtomicU64::new(0);
-/// The timestamp counter at the last one.
+/// The timestamp counter at the last timed one.
 pub static UPCALL_TSC: AtomicU64 = AtomicU64::new(0);
 static X2APIC: AtomicBool = AtomicBool::new(false);
 
@@ -36,10 +36,18 @@ guest_upcall:
     push rax
     push rcx
     push rdx
+    jmp 2f
+    .balign 16
+    .globl guest_timed_upcall
+guest_timed_upcall:
+    push rax
+    push rcx
+    push rdx
     rdtsc
     shl rdx, 32
     or rax, rdx
     mov [rip + {tsc}], rax
+2:
     mov byte ptr [rip + {shared}], 0
     mov qword ptr [rip + {shared} + 8], 0
     mov qword ptr [rip + {shared} + 2048], 0
@@ -61,6 +69,13 @@ guest_upcall:
 
 unsafe extern "C" {
     static guest_upcall: u8;
+    static guest_timed_upcall: u8;
+}
+
+/// Whether upcalls note the time at which they come ([`UPCALL_TSC`]), which costs where RDTSC exits.
+pub fn timed(yes: bool) {
+    let handler = if yes { &raw const guest_timed_upcall } else { &raw const guest_upcall };
+    cpu::set_gate(VECTOR, handler as u64);
 }
 
 /// Whether the local APIC is in x2APIC mode.
@@ -101,7 +116,7 @@ pub fn set_up() -> i64 {
         return r;
     }
     SHARED.set(2560 / 8, !0);
-    cpu::set_gate(VECTOR, &raw const guest_upcall as u64);
+    timed(false);
     let mut v = XenHvmEvtchnUpcallVector { vcpu: 0, vector: VECTOR, _pad: [0; 3] };
     op(HYPERVISOR_HVM_OP, HVMOP_SET_EVTCHN_UPCALL_VECTOR, &mut v)
 }
