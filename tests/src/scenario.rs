@@ -50,6 +50,8 @@ pub enum Bus {
 pub enum Start {
     /// A small disk with Debian's kernel and a ramdisk of busybox; this is its init script.
     Ramdisk(&'static str),
+    /// A small disk with a micro-guest of `tests/guests` as dom0's kernel.
+    Guest(&'static str),
     /// The disk image of `cargo xtask image`: Debian 13 as dom0, with the guest `demo`.
     Debian,
 }

@@ -69,6 +69,27 @@ fn debian_complete() -> bool {
         && paths::which("lld-link").is_some()
 }
 
+/// Builds the micro-guests; returns the path of one of them (`bench`, `abuse`).
+pub fn guest(name: &str) -> Result<PathBuf> {
+    let toolchain = Toolchain::find().context(
+        "no compiler for the bare machine; `cargo xtask setup` says what to install for it",
+    )?;
+    let script = paths::root().join("tests/guests/link.ld");
+    let flags = [
+        "-C".to_owned(),
+        "relocation-model=static".to_owned(),
+        "-C".to_owned(),
+        "code-model=small".to_owned(),
+        "-C".to_owned(),
+        format!("link-arg=-T{}", script.display()),
+    ];
+    let mut cargo = cargo(toolchain, HYPERVISOR_TARGET, false);
+    cargo.args(["-p", "galvan-guests", "--bins"]);
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    sh::through(&mut cargo).context("the micro-guests do not build")?;
+    artefact(HYPERVISOR_TARGET, false, name)
+}
+
 /// Builds the hypervisor and the UEFI application.
 pub fn build(debug: bool) -> Result<Built> {
     let toolchain = Toolchain::find().context(

@@ -45,7 +45,7 @@ pub fn image(args: &Args) -> Result<()> {
     let root = root_mib(args.size)?;
     let hypervisor = Hypervisor::galvan()?;
     let dom0 = dom0::make(root)?;
-    let contents = hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, &dom0.initrd);
+    let contents = hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, Some(&dom0.initrd));
     if args.out.exists() && !fs::metadata(&args.out)?.is_file() {
         bail!(
             "{} is not a file; write the image to one, and that to the disk",

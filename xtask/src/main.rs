@@ -1,6 +1,7 @@
-//! Development tasks: `cargo xtask build | image | run | test | boot | setup`.
+//! Development tasks: `cargo xtask build | image | run | test | bench | boot | setup`.
 
 mod bare;
+mod bench;
 mod boot;
 mod cache;
 mod cpio;
@@ -42,6 +43,8 @@ enum Task {
     },
     /// Run the host tests of every crate, then the whole-machine scenarios in QEMU.
     Test(test::Args),
+    /// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.
+    Bench(bench::Args),
     /// Boot galvan.efi with a given dom0 kernel and initrd; the serial port goes to stdout.
     Boot(Box<boot::Args>),
     /// Build one bootable disk image: EFI system partition, Debian 13 as dom0, and a guest.
@@ -73,6 +76,7 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Image(args) => image::image(&args),
         Task::Test(args) => test::test(&args),
+        Task::Bench(args) => bench::bench(&args),
         Task::Boot(args) => boot::boot(*args),
     }
 }

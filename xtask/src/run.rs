@@ -72,14 +72,14 @@ impl Hypervisor {
         options: &str,
         cmdline: &str,
         kernel: &std::path::Path,
-        initrd: &std::path::Path,
+        initrd: Option<&std::path::Path>,
     ) -> crate::esp::Contents {
         crate::esp::Contents {
             efi: self.efi.clone(),
-            config: crate::esp::config(&format!("{options}{}", self.more_options), cmdline, true),
+            config: crate::esp::config(&format!("{options}{}", self.more_options), cmdline, initrd.is_some()),
             config_name: self.config_name.to_owned(),
             kernel: kernel.to_owned(),
-            initrd: Some(initrd.to_owned()),
+            initrd: initrd.map(std::path::Path::to_owned),
             more: Vec::new(),
         }
     }
@@ -94,7 +94,7 @@ pub fn run(args: &Args) -> Result<()> {
         Hypervisor::galvan()?
     };
     let dom0 = image::default_dom0()?;
-    let contents = hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, &dom0.initrd);
+    let contents = hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, Some(&dom0.initrd));
     let disk = image::for_emulator(&contents, &dom0)?;
 
     let mut machine = qemu::Machine::new(&disk);

@@ -12,7 +12,7 @@ use galvan_tests::{Bus, Config, Console, Scenario, Start, scenarios};
 
 use crate::dom0::{self, Dom0};
 use crate::run::Hypervisor;
-use crate::{boot, esp, image, paths, qemu, setup, sh};
+use crate::{bare, boot, esp, image, paths, qemu, setup, sh};
 
 /// How many lines of a failed scenario's log are shown.
 const TAIL: usize = 40;
@@ -250,9 +250,19 @@ impl Parts {
             Start::Ramdisk(init) => {
                 let (kernel, initrd) = dom0::ramdisk("test", init)?;
                 let cmdline = format!("console=hvc0 {cmdline}");
-                let contents =
-                    self.hypervisor
-                        .contents(options, cmdline.trim_end(), &kernel, &initrd);
+                let contents = self.hypervisor.contents(
+                    options,
+                    cmdline.trim_end(),
+                    &kernel,
+                    Some(&initrd),
+                );
+                let disk = paths::out().join(format!("test-{}.img", scenario.name));
+                esp::write_image(&disk, &adjusted(contents))?;
+                Ok(disk)
+            }
+            Start::Guest(name) => {
+                let kernel = bare::guest(name)?;
+                let contents = self.hypervisor.contents(options, cmdline, &kernel, None);
                 let disk = paths::out().join(format!("test-{}.img", scenario.name));
                 esp::write_image(&disk, &adjusted(contents))?;
                 Ok(disk)
@@ -267,7 +277,7 @@ impl Parts {
                     options,
                     cmdline.trim_end(),
                     &dom0.kernel,
-                    &dom0.initrd,
+                    Some(&dom0.initrd),
                 );
                 let mut contents = adjusted(contents);
                 if scenario.old_kernel {
@@ -305,7 +315,7 @@ fn perform(
     machine.accel = qemu::Accel::Tcg;
     machine.boot_bus = match scenario.start {
         Start::Debian if scenario.bus == Bus::Nvme => qemu::DiskBus::Nvme,
-        Start::Debian | Start::Ramdisk(_) => qemu::DiskBus::Ahci,
+        Start::Debian | Start::Ramdisk(_) | Start::Guest(_) => qemu::DiskBus::Ahci,
     };
     machine.smp = scenario.smp;
     machine.mem = scenario.mem;

@@ -1,0 +1,288 @@
+//! `cargo xtask bench`: the micro-guest `bench` as dom0 on Galvan and on stock Xen, side by side.
+//!
+//! The machine's clock counts instructions (`-icount shift=0`), so the numbers are instructions of
+//! guest and hypervisor per operation and depend on neither the host nor its load.
+
+use std::collections::HashMap;
+use std::fmt::Write as _;
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::run::Hypervisor;
+use crate::{bare, esp, paths, qemu, setup, sh};
+
+/// Options of both hypervisors.
+const OPTIONS: &str =
+    "com1=115200,8n1 console=com1 dom0_mem=256M dom0_max_vcpus=1 loglvl=warning guest_loglvl=all";
+/// A machine that has not said the last line after so many seconds will not.
+const LIMIT: Duration = Duration::from_secs(300);
+const MEMORY: u32 = 2048;
+const CPU: &str = "qemu64,+svm,+npt";
+
+/// An operation: its name in the guest's output, what it is, and what it may cost.
+struct Operation {
+    name: &'static str,
+    what: &'static str,
+    target: Option<u64>,
+}
+
+const fn op(name: &'static str, what: &'static str, target: u64) -> Operation {
+    Operation {
+        name,
+        what,
+        target: if target == 0 { None } else { Some(target) },
+    }
+}
+
+const OPERATIONS: &[Operation] = &[
+    op("cpuid", "CPUID", 250),
+    op("null", "null hypercall (XENVER_version)", 250),
+    op("unknown", "unknown hypercall", 0),
+    op("rdmsr", "RDMSR that exits (APIC base)", 250),
+    op("buffer", "hypercall with a small buffer (HVMOP_get_param)", 1000),
+    op("multicall", "multicall of 10", 2500),
+    op("send-masked", "event sent, masked", 700),
+    op("send-self", "event sent to itself, upcall, EOI", 1500),
+    op("ipi", "IPI event, upcall, EOI", 1500),
+    op("timer", "single-shot timer set", 900),
+    op("hlt-timer", "timer due to upcall, out of HLT", 2500),
+    op("grant-map", "grant mapped and unmapped", 3000),
+    op("grant-copy", "grant copy of 4 KiB", 2000),
+    op("balloon", "page released and populated", 3500),
+    op("port", "unclaimed port read", 400),
+    op("mmio-hole", "MMIO read of a hole", 2500),
+    op("xapic-read", "xAPIC register read by MMIO", 2000),
+    op("xapic-eoi", "xAPIC EOI by MMIO", 2000),
+];
+
+/// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.
+#[derive(Debug, clap::Args)]
+pub struct Args {
+    /// Leave stock Xen out.
+    #[arg(long)]
+    no_stock: bool,
+    /// Where the table goes.
+    #[arg(long)]
+    out: Option<PathBuf>,
+}
+
+/// What one machine said.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Measured {
+    /// The hypervisor's name and version.
+    version: String,
+    /// Ticks by operation.
+    ticks: HashMap<String, u64>,
+    ended: bool,
+}
+
+impl Measured {
+    /// Takes in a line of the serial port. Returns whether it was the last one.
+    fn line(&mut self, line: &str) -> bool {
+        let line = line.trim_end();
+        if let Some(rest) = find(line, "BENCH ")
+            && let Some((name, value)) = rest.split_once(' ')
+        {
+            match value.parse() {
+                Ok(ticks) => {
+                    self.ticks.insert(name.to_owned(), ticks);
+                }
+                Err(_) => eprintln!("  {name}: {value}"),
+            }
+        } else if let Some(rest) = find(line, "Xen version ") {
+            let number = rest.split(' ').next().unwrap_or(rest);
+            self.version = format!("Xen {number}");
+        }
+        self.ended |= line.contains("BENCH-END");
+        self.ended || line.contains("GUEST PANIC") || line.contains("GUEST TRAP")
+    }
+}
+
+fn find<'a>(line: &'a str, word: &str) -> Option<&'a str> {
+    line.find(word).map(|at| &line[at + word.len()..])
+}
+
+/// Measures, prints the table and writes it down.
+pub fn bench(args: &Args) -> Result<()> {
+    setup::ensure(setup::FOR_RUN)?;
+    let guest = bare::guest("bench")?;
+    let mut galvan = measure("galvan", &Hypervisor::galvan()?, &guest)?;
+    galvan.version = version();
+    let xen = if args.no_stock {
+        Measured::default()
+    } else {
+        measure("xen", &Hypervisor::stock()?, &guest)?
+    };
+    let (table, met, targets) = table(&galvan, &xen);
+    println!("{table}");
+    println!("{met} of {targets} targets met");
+    let out = match &args.out {
+        Some(path) => path.clone(),
+        // Half a comparison does not replace a whole one.
+        None if args.no_stock => return Ok(()),
+        None => paths::root().join("bench/RESULTS.md"),
+    };
+    if let Some(dir) = out.parent() {
+        fs::create_dir_all(dir)?;
+    }
+    fs::write(&out, results(&galvan, &xen, &table, met, targets)?)
+        .with_context(|| format!("cannot write {}", out.display()))?;
+    eprintln!("written to {}", out.display());
+    Ok(())
+}
+
+/// What was built: the version, and the commit where there is git.
+fn version() -> String {
+    let mut git = Command::new("git");
+    git.current_dir(paths::root())
+        .args(["describe", "--always", "--dirty", "--exclude=*"]);
+    match sh::output(&mut git) {
+        Ok(commit) => format!("Galvan {} ({})", env!("CARGO_PKG_VERSION"), commit.trim()),
+        Err(_) => format!("Galvan {}", env!("CARGO_PKG_VERSION")),
+    }
+}
+
+/// Boots the guest as dom0 and collects what it prints.
+fn measure(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measured> {
+    eprintln!("measuring {name}");
+    fs::create_dir_all(paths::out())?;
+    let image = paths::out().join(format!("bench-{name}.img"));
+    esp::write_image(&image, &hypervisor.contents(OPTIONS, "", guest, None))?;
+    let mut machine = qemu::Machine::new(&image);
+    machine.accel = qemu::Accel::Tcg;
+    machine.boot_bus = qemu::DiskBus::Ahci;
+    machine.smp = 1;
+    machine.mem = MEMORY;
+    machine.cpu = Some(CPU.to_owned());
+    machine.snapshot = true;
+    machine.extra = ["-icount", "shift=0,sleep=off"].map(str::to_owned).into();
+    let mut child = machine
+        .command()?
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start QEMU")?;
+    let output = child.stdout.take().context("QEMU has no output")?;
+    // A machine that hangs says nothing, so its reader is another thread.
+    let (sender, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(output.take(16 << 20)).split(b'\n').map_while(Result::ok) {
+            if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+                break;
+            }
+        }
+    });
+    let mut measured = Measured::default();
+    let mut log = String::new();
+    while let Ok(line) = lines.recv_timeout(LIMIT) {
+        log.push_str(&line);
+        log.push('\n');
+        if measured.line(&line) {
+            break;
+        }
+    }
+    child.kill()?;
+    child.wait()?;
+    qemu::clean_up();
+    let _ = fs::remove_file(&image);
+    if !measured.ended {
+        eprintln!("{}", sh::tail(&log, 30));
+        bail!("{name}: the guest did not get to its end");
+    }
+    Ok(measured)
+}
+
+/// The table, the number of targets that Galvan meets, and the number of targets.
+fn table(galvan: &Measured, xen: &Measured) -> (String, usize, usize) {
+    let mut text = String::from(
+        "| operation | Galvan | Xen | ratio | target | |\n| --- | ---: | ---: | ---: | ---: | --- |\n",
+    );
+    let (mut met, mut targets) = (0, 0);
+    for o in OPERATIONS {
+        let ours = galvan.ticks.get(o.name).copied();
+        let theirs = xen.ticks.get(o.name).copied();
+        let number = |n: Option<u64>| n.map_or("-".to_owned(), |n| n.to_string());
+        let ratio = match (ours, theirs) {
+            (Some(a), Some(b)) if b > 0 => format!("{:.2}", a as f64 / b as f64),
+            _ => "-".to_owned(),
+        };
+        let verdict = match (o.target, ours) {
+            (None, _) => "",
+            (Some(t), Some(n)) if n <= t => {
+                met += 1;
+                "met"
+            }
+            _ => "missed",
+        };
+        targets += usize::from(o.target.is_some());
+        let _ = writeln!(
+            text,
+            "| {} | {} | {} | {ratio} | {} | {verdict} |",
+            o.what,
+            number(ours),
+            number(theirs),
+            number(o.target)
+        );
+    }
+    (text, met, targets)
+}
+
+fn results(galvan: &Measured, xen: &Measured, table: &str, met: usize, targets: usize) -> Result<String> {
+    let qemu = sh::output(Command::new(qemu::binary()?).arg("--version"))?;
+    let qemu = qemu.lines().next().unwrap_or("QEMU").to_owned();
+    Ok(format!(
+        "# What operations cost\n\n\
+         Instructions per operation, guest and hypervisor together: the least of many runs of the\n\
+         micro-guest `tests/guests/src/bin/bench.rs` as dom0 with one vCPU. Made by `cargo xtask bench`;\n\
+         the clock counts instructions, so that another run gives the same numbers.\n\n\
+         - {}, {}\n\
+         - {qemu}: `-accel tcg -icount shift=0,sleep=off -cpu {CPU} -smp 1 -m {MEMORY}`, AMD-Vi\n\
+         - that processor has no NRIP save: the length of every instruction that exits is decoded\n\n\
+         {table}\n{met} of {targets} targets met.\n",
+        galvan.version, xen.version
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn measured(lines: &[&str]) -> Measured {
+        let mut m = Measured::default();
+        for line in lines {
+            m.line(line);
+        }
+        m
+    }
+
+    #[test]
+    fn ticks_and_versions_are_found_in_serial_output() {
+        let xen = measured(&[
+            "Xen 4.20.3 (c/s )",
+            "(XEN) Xen version 4.20.3-1 (Debian 4.20.3-1) (x@y)\r",
+            "BENCH cpuid 5414\r",
+            "BENCH grant-map failed -9",
+            "BENCH-END",
+        ]);
+        assert_eq!(xen.version, "Xen 4.20.3-1");
+        assert_eq!(xen.ticks.len(), 1);
+        assert_eq!(xen.ticks["cpuid"], 5414);
+        assert!(xen.ended);
+    }
+
+    #[test]
+    fn a_target_is_met_up_to_itself_and_missed_without_a_number() {
+        let galvan = measured(&["BENCH cpuid 250", "BENCH null 251"]);
+        let (text, met, targets) = table(&galvan, &measured(&["BENCH cpuid 500"]));
+        assert_eq!(met, 1);
+        assert!(targets > 10);
+        assert!(text.contains("| CPUID | 250 | 500 | 0.50 | 250 | met |"));
+        assert!(text.contains("| 251 | - | - | 250 | missed |"));
+        assert!(text.contains("| unclaimed port read | - | - | - | 400 | missed |"));
+    }
+}
