@@ -193,7 +193,7 @@ fn destroy_some(hv: Hv, d: &Arc<Domain>, budget: &mut Budget) -> bool {
         log::error!("d{}: {pages} frames are not accounted for", d.id);
     }
     if grants != 0 {
-        log::info!("d{}: {grants} of its grants are still mapped", d.id);
+        log::debug!("d{}: {grants} of its grants are still mapped", d.id);
     }
     debug_assert_eq!(hv.frames.count_owned(Owner::Guest(d.id)), 0);
     // Those that watch it (xenstored) look for it and find it gone.

@@ -112,8 +112,7 @@ pub const ALL: &[Scenario] = &[
         1500,
         guests::toolstack,
     )
-    .with_old_kernel()
-    .disabled("seen to work up to the crash of a guest; the rest of it has not been seen to pass"),
+    .with_old_kernel(),
 ];
 
 fn no_svm(c: &mut Console) -> Result<()> {

@@ -31,6 +31,7 @@ const DOM0_PACKAGES: &[&str] = &[
     "kmod",
     "procps",
     "e2fsprogs",
+    "lvm2",
     "iproute2",
     "bridge-utils",
     "iputils-ping",
@@ -146,7 +147,9 @@ fn guest_overlay() -> Overlay {
         )
         .text(
             "etc/systemd/network/20-net.network",
-            "[Match]\nType=ether\n\n[Network]\nDHCP=ipv4\n",
+            // By its MAC address: a copy of this disk has the same machine id, and would be taken for
+            // the guest it was copied from.
+            "[Match]\nType=ether\n\n[Network]\nDHCP=ipv4\n\n[DHCPv4]\nClientIdentifier=mac\n",
         )
 }
 

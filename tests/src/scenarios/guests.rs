@@ -17,7 +17,7 @@ ramdisk = "/boot/initrd-demo.img"
 extra = "console=hvc0 root=/dev/xvda quiet"
 memory = 400
 vcpus = 3
-disk = [ "format=raw,vdev=xvda,access=rw,target=/root/t.img", "phy:$(losetup -f --show /root/a.img),xvdb,w", "format=qcow2,vdev=xvdc,access=rw,target=/root/b.qcow2" ]
+disk = [ "format=raw,vdev=xvda,access=rw,target=/root/t.img", "phy:/dev/vg/data,xvdb,w", "format=qcow2,vdev=xvdc,access=rw,target=/root/b.qcow2" ]
 vif = [ "bridge=xenbr0", "bridge=xenbr0" ]
 on_poweroff = "destroy"
 on_reboot = "restart"
@@ -204,6 +204,10 @@ pub(super) fn toolstack(c: &mut Console) -> Result<()> {
         "truncate -s 64M /root/a.img; qemu-img create -q -f qcow2 /root/b.qcow2 128M",
         60,
     )?;
+    c.run(
+        "loop=$(losetup -f --show /root/a.img); pvcreate -q $loop && vgcreate -q vg $loop && lvcreate -q -Wn -L 48M -n data vg",
+        120,
+    )?;
     c.run(MANY, 60)?;
     c.send("xl create -c /root/t.cfg\n")?;
     c.send("\n")?;
@@ -228,6 +232,8 @@ pub(super) fn toolstack(c: &mut Console) -> Result<()> {
         leave(c)?;
         let disks = c.run("xl block-list t | tail -n +2 | wc -l", 30)?;
         ensure!(disks.trim() == "3", "xl block-list names {disks} disks");
+        let nics = c.run("xl network-list t | tail -n +2 | wc -l", 30)?;
+        ensure!(nics.trim() == "2", "xl network-list names {nics} interfaces");
         c.run("xl domid t", 30)?
     };
     // What on_crash says.
@@ -244,7 +250,7 @@ pub(super) fn toolstack(c: &mut Console) -> Result<()> {
     ensure!(fourth != second, "two guests with id {fourth}");
     c.run("xl destroy t", 120)?;
     gone(c, "t")?;
-    c.run("losetup -D; sleep 3", 60)?;
+    c.run("vgremove -qfy vg; losetup -D; sleep 3", 60)?;
     let after = left(c)?;
     ensure!(before == after, "{before:?} before the guests, {after:?} after");
 
@@ -252,6 +258,7 @@ pub(super) fn toolstack(c: &mut Console) -> Result<()> {
     c.run(OLD, 60)?;
     c.run("ls /boot/efi/EFI/BOOT && xl create -q /root/old.cfg", 180)?;
     log_in(c, "old")?;
+    c.run("for i in $(seq 60); do ip route | grep -q 10.9.0 && break; sleep 1; done", 90)?;
     let release = c.run("uname -r; ping -c 2 -W 5 10.9.0.1", 60)?;
     ensure!(
         release.contains("6.1.") && release.contains(" 0% packet loss"),
