@@ -25,6 +25,7 @@ use crate::evtchn::EventChannels;
 use crate::gnttab::GrantTable;
 use crate::hv::Hv;
 use crate::lifecycle::Control;
+use crate::log_budget::LogBudget;
 use crate::mm::{FrameTable, Owner};
 use crate::p2m::{Changes, P2m, P2mConfig, StageTwoFlush};
 use crate::platform_dom0::HwDomain;
@@ -122,9 +123,8 @@ pub struct Domain {
     pub hardware: Option<Box<HwDomain>>,
     /// Seconds the domain's clock is ahead of the machine's.
     pub time_offset: AtomicI64,
-    /// vCPU time of vCPUs in ns is counted per vCPU; this marks a guest that keeps failing, so that
-    /// its log lines are limited.
-    pub log_budget: AtomicU32,
+    /// What it may still cause in the log.
+    pub log_budget: LogBudget,
     /// Calls that are not implemented and were logged, by a hash of what they are.
     unknown_logged: [AtomicU64; 4],
     /// Runstate areas are written with the update flag (`VMASST_TYPE_runstate_update_flag`).
@@ -294,17 +294,21 @@ impl Domain {
             .unwrap_or(SHUTDOWN_CODE_INVALID as u8)
     }
 
-    /// Whether one more log line on this guest's behalf is in order; the budget is refilled by
-    /// [`Domain::refill_log_budget`].
-    pub fn may_log(&self) -> bool {
-        self.log_budget
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| n.checked_sub(1))
-            .is_ok()
+    /// Whether one more log line on this guest's behalf is in order.
+    pub fn may_log(&self, hv: Hv) -> bool {
+        match self.log_budget.line(hv.hw.now_ns()) {
+            Some(0) => true,
+            Some(withheld) => {
+                log::info!("d{}: {withheld} lines withheld", self.id);
+                true
+            }
+            None => false,
+        }
     }
 
     /// Whether a call that is not implemented is to be logged: each once. Two calls of the same hash
     /// share a line, which costs a line of the log and bounds what has to be remembered.
-    pub fn may_log_unknown(&self, what: &str, number: u64) -> bool {
+    pub fn may_log_unknown(&self, hv: Hv, what: &str, number: u64) -> bool {
         // FNV-1a.
         let bytes = what.bytes().chain(number.to_le_bytes());
         let hash = bytes.fold(0xcbf2_9ce4_8422_2325_u64, |h, b| {
@@ -315,20 +319,12 @@ impl Domain {
             .unknown_logged
             .get(word as usize)
             .is_none_or(|w| w.fetch_or(bit, Ordering::Relaxed) & bit != 0);
-        !logged && self.may_log()
-    }
-
-    /// Lets the guest cause log lines again.
-    pub fn refill_log_budget(&self) {
-        self.log_budget.store(LOG_BUDGET, Ordering::Relaxed);
+        !logged && self.may_log(hv)
     }
 }
 
 /// Pages that the second-stage tables of a new domain may take until the toolstack sets its pool.
 const FIRST_POOL_LIMIT: u64 = 256;
-
-/// How many log lines a guest may cause before it falls silent.
-pub const LOG_BUDGET: u32 = 64;
 
 /// Flushes a domain's translations on all CPUs.
 struct Flush<'a> {
@@ -361,9 +357,9 @@ impl Domain {
     }
 
     /// Takes a byte of text from the guest for the log.
-    pub fn debug_byte(&self, b: u8) {
+    pub fn debug_byte(&self, hv: Hv, b: u8) {
         self.debug_line.lock().push(b, |line| {
-            if self.may_log() {
+            if self.may_log(hv) {
                 log::info!("d{}: {line}", self.id);
             }
         });
@@ -416,7 +412,7 @@ impl Domain {
             memory_map: RankedLock::new(Vec::new()),
             hardware,
             time_offset: AtomicI64::new(0),
-            log_budget: AtomicU32::new(LOG_BUDGET),
+            log_budget: LogBudget::default(),
             unknown_logged: Default::default(),
             runstate_update_flag: AtomicBool::new(false),
             debug_line: RankedLock::new(Default::default()),

@@ -23,6 +23,7 @@ pub mod hypercall;
 pub mod iommu;
 pub mod irq;
 pub mod lifecycle;
+pub mod log_budget;
 pub mod mm;
 pub mod msr;
 pub mod p2m;

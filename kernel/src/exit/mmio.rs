@@ -130,7 +130,7 @@ pub(super) fn finish(cx: &mut Cx<'_>, i: &Insn, r: Result<Flow, Stop>) -> Next {
 
 #[cold]
 fn not_emulated(cx: &mut Cx<'_>, f: &NestedFault, e: DecodeError) -> Next {
-    if cx.dom.may_log() {
+    if cx.dom.may_log(cx.hv) {
         let code = insn::with_code(cx, |b| Ok(insn::prefix_of::<MAX_LEN>(b)));
         log::warn!(
             "{:?}: instruction {code:02x?} at {:#x} on {}: {e:?}, answered with an exception",

@@ -31,7 +31,8 @@ pub fn read(cx: &mut Cx<'_>, len: u8) -> Next {
             insn::advance(cx, len);
         }
         None => {
-            if cx.dom.may_log() {
+            // Each once: kernels probe, and their own text is to have its place in the log too.
+            if cx.dom.may_log_unknown(cx.hv, "rdmsr", index.into()) {
                 log::info!("{:?}: rdmsr {index:#x} faults", cx.vcpu);
             }
             insn::inject(cx, Event::GP);
@@ -50,7 +51,7 @@ pub fn write(cx: &mut Cx<'_>, len: u8) -> Next {
     if wrmsr(cx, index, value) {
         insn::advance(cx, len);
     } else {
-        if cx.dom.may_log() {
+        if cx.dom.may_log_unknown(cx.hv, "wrmsr", index.into()) {
             log::info!("{:?}: wrmsr {index:#x} of {value:#x} faults", cx.vcpu);
         }
         insn::inject(cx, Event::GP);

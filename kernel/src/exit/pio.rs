@@ -78,7 +78,7 @@ pub(super) fn port_read(cx: &mut Cx<'_>, port: u16, size: u8) -> u32 {
 pub(super) fn port_write(cx: &mut Cx<'_>, port: u16, size: u8, v: u32) {
     if port == DEBUG_PORT {
         for b in v.to_le_bytes().into_iter().take(size.into()) {
-            cx.dom.debug_byte(b);
+            cx.dom.debug_byte(cx.hv, b);
         }
         return;
     }

@@ -33,7 +33,7 @@ fn write(cx: &mut Cx<'_>, count: u64, buffer: u64) -> Ret {
         cx.hv.hw.console_write(text);
     } else {
         for &b in text.iter() {
-            cx.dom.debug_byte(b);
+            cx.dom.debug_byte(cx.hv, b);
         }
     }
     if count > n {

@@ -93,7 +93,7 @@ pub fn dispatch(cx: &mut Cx<'_>, number: u64, args: Args) -> Ret {
 
 /// Notes a call that is not implemented: once for each, as long as the guest's log budget lasts.
 pub fn log_unknown(cx: &Cx<'_>, what: &str, number: u64, sub: u64) {
-    if cx.dom.may_log_unknown(what, number) {
+    if cx.dom.may_log_unknown(cx.hv, what, number) {
         log::info!("{:?}: {what} {number} ({sub}) is not implemented", cx.vcpu);
     }
 }

@@ -262,7 +262,7 @@ fn initialise(cx: &mut Cx<'_>, v: &Arc<Vcpu>, arg: u64) -> Ret {
     }
     let mut st = v.state_of_other();
     st.hw.check_state(&s).map_err(|why| {
-        if cx.dom.may_log() {
+        if cx.dom.may_log(cx.hv) {
             log::info!("{v:?}: first state refused: {why}");
         }
         Errno::EINVAL
