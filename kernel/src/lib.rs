@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 extern crate alloc;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 extern crate std;
 
 pub mod cmdline;
@@ -31,7 +31,7 @@ pub mod platform_dom0;
 pub mod run;
 pub mod sched;
 pub mod shutdown;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod time;
 pub mod timer;

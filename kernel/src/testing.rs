@@ -39,6 +39,8 @@ pub struct World {
     pub machine: &'static FakeMachine,
     /// The hypervisor on it.
     pub hv: Hv,
+    /// What is known of its frames.
+    pub infos: &'static [FrameInfo],
     /// By domain id, which count from 0; the first is the hardware domain.
     pub domains: Vec<Arc<Domain>>,
 }
@@ -53,8 +55,8 @@ fn leak<T>(v: T) -> &'static T {
     Box::leak(Box::new(v))
 }
 
-/// A hypervisor on this machine, without domains.
-pub fn hypervisor(machine: &'static FakeMachine) -> Hv {
+/// A hypervisor on this machine, without domains, and what it knows of frames.
+fn hypervisor(machine: &'static FakeMachine) -> (Hv, &'static [FrameInfo]) {
     let frame = |n| Mfn::new(n).expect("a frame number");
     let ram: Vec<Range<Mfn>> = machine
         .ram()
@@ -64,11 +66,12 @@ pub fn hypervisor(machine: &'static FakeMachine) -> Hv {
     let infos: Vec<FrameInfo> = core::iter::repeat_with(FrameInfo::new)
         .take(FrameTable::infos_needed(&ram))
         .collect();
+    let infos: &'static [FrameInfo] = infos.leak();
     // Frame 0 is never used on a real machine either.
     let reserved = frame(0)..frame(1);
-    let frames = FrameTable::new(infos.leak(), machine, &ram, &[reserved], true);
+    let frames = FrameTable::new(infos, machine, &ram, &[reserved], true);
     let cpus = galvan_base::Platform::cpus(machine);
-    leak(Hypervisor {
+    let hv = leak(Hypervisor {
         hw: machine,
         frames: frames.expect("a machine with RAM"),
         domains: DomainTable::default(),
@@ -85,7 +88,8 @@ pub fn hypervisor(machine: &'static FakeMachine) -> Hv {
             Default::default(),
             &crate::cpu_policy::Setup::new(0x0004_0014),
         ),
-    })
+    });
+    (hv, infos)
 }
 
 /// What [`World::new`] makes domains of.
@@ -120,10 +124,11 @@ impl World {
         domains: u16,
         config: impl Fn(u16) -> DomainConfig,
     ) -> World {
-        let hv = hypervisor(machine);
+        let (hv, infos) = hypervisor(machine);
         let mut w = World {
             machine,
             hv,
+            infos,
             domains: Vec::new(),
         };
         for id in 0..domains {
@@ -141,6 +146,7 @@ impl World {
         }
         vcpu::create_all(self.hv, &d, config.max_vcpus).expect("vCPUs");
         for v in d.vcpus() {
+            v.set_initialised();
             v.blocked.fetch_and(!block::DOWN, Ordering::SeqCst);
         }
         self.domains.push(d.clone());
@@ -205,6 +211,11 @@ impl World {
     pub fn put<T: IntoBytes + Immutable + ?Sized>(&self, dom: u16, gpa: u64, v: &T) {
         let at = Gpa::new(gpa).expect("an address");
         write_gpa(self.hv, self.dom(dom), at, v.as_bytes()).expect("RAM");
+    }
+
+    /// Writes a value to a domain's memory, if there is memory.
+    pub fn try_put<T: IntoBytes + Immutable + ?Sized>(&self, dom: u16, gpa: u64, v: &T) -> bool {
+        Gpa::new(gpa).is_some_and(|at| write_gpa(self.hv, self.dom(dom), at, v.as_bytes()).is_ok())
     }
 
     /// Reads a value from a domain's memory.

@@ -1,4 +1,4 @@
-//! Development tasks: `cargo xtask build | image | run | test | bench | boot | setup`.
+//! Development tasks: `cargo xtask build | image | run | test | bench | fuzz | boot | setup`.
 
 mod bare;
 mod bench;
@@ -8,6 +8,7 @@ mod cpio;
 mod debian;
 mod dom0;
 mod esp;
+mod fuzz;
 mod image;
 mod initrd;
 mod paths;
@@ -45,6 +46,8 @@ enum Task {
     Test(test::Args),
     /// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.
     Bench(bench::Args),
+    /// Feed the hypervisor's policy, and all that reads foreign bytes, what libFuzzer makes up.
+    Fuzz(fuzz::Args),
     /// Boot galvan.efi with a given dom0 kernel and initrd; the serial port goes to stdout.
     Boot(Box<boot::Args>),
     /// Build one bootable disk image: EFI system partition, Debian 13 as dom0, and a guest.
@@ -77,6 +80,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Image(args) => image::image(&args),
         Task::Test(args) => test::test(&args),
         Task::Bench(args) => bench::bench(&args),
+        Task::Fuzz(args) => fuzz::fuzz(&args),
         Task::Boot(args) => boot::boot(*args),
     }
 }

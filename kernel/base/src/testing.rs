@@ -149,6 +149,10 @@ struct Inner {
     idles: u64,
 }
 
+/// What the end of a machine unwinds with, if it is to end quietly ([`FakeMachine::end_quietly`]).
+#[derive(Clone, Copy, Debug)]
+pub struct MachineEnd;
+
 /// A machine in a host process. Build it with [`FakeMachine::new`] and the `with_` methods, then
 /// share it.
 pub struct FakeMachine {
@@ -165,6 +169,7 @@ pub struct FakeMachine {
     iommu: FakeIommu,
     iommu_in_use: AtomicBool,
     stores_watched: AtomicBool,
+    quiet_end: AtomicBool,
     inner: Mutex<Inner>,
 }
 
@@ -205,6 +210,7 @@ impl FakeMachine {
             iommu: FakeIommu::default(),
             iommu_in_use: AtomicBool::new(false),
             stores_watched: AtomicBool::new(false),
+            quiet_end: AtomicBool::new(false),
             inner: Mutex::default(),
         }
     }
@@ -244,6 +250,19 @@ impl FakeMachine {
     pub fn with_iommu(self) -> Self {
         self.iommu_in_use.store(true, Ordering::SeqCst);
         self
+    }
+
+    /// Has its reset and power-off unwind with a [`MachineEnd`], which no panic hook sees, instead of
+    /// panicking.
+    pub fn end_quietly(&self) {
+        self.quiet_end.store(true, Ordering::SeqCst);
+    }
+
+    fn end(&self, how: &'static str) -> ! {
+        if self.quiet_end.load(Ordering::SeqCst) {
+            std::panic::resume_unwind(Box::new(MachineEnd));
+        }
+        panic!("{how}");
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -837,11 +856,11 @@ impl Platform for FakeMachine {
     }
 
     fn reset(&self) -> ! {
-        panic!("{RESET}");
+        self.end(RESET)
     }
 
     fn power_off(&self) -> ! {
-        panic!("{POWER_OFF}");
+        self.end(POWER_OFF)
     }
 }
 
