@@ -5,6 +5,7 @@ use anyhow::{Result, ensure};
 use crate::{Config, Console, Scenario, Start};
 
 mod guests;
+pub mod matrix;
 mod vtx;
 
 const DOM0_INIT: &str = include_str!("../ramdisk/dom0-init");

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use galvan_tests::{Bus, Config, Console, Emulator, Scenario, Start, scenarios};
+use scenarios::matrix;
 
 use crate::dom0::{self, Dom0};
 use crate::run::Hypervisor;
@@ -36,6 +37,9 @@ pub struct Args {
     /// Run the disabled scenarios as well.
     #[arg(long)]
     all: bool,
+    /// Boot every processor of the matrix to dom0's init, in Bochs and QEMU, instead of the rest.
+    #[arg(long, conflicts_with_all = ["stock", "all"])]
+    matrix: bool,
     /// Boot stock Xen of Debian in Galvan's place: shows what the scenarios ask for, and how fast
     /// stock is here. Leaves out the host tests.
     #[arg(long)]
@@ -57,16 +61,27 @@ pub fn test(args: &Args) -> Result<()> {
                 println!("{:24}   disabled: {reason}", "");
             }
         }
+        for scenario in matrix::ALL {
+            println!("{:24} {}", scenario.name, scenario.about);
+            if !by_default(scenario) {
+                println!("{:24}   by --matrix", "");
+            }
+        }
         return Ok(());
     }
     let mut count = Count::default();
     let named = |s: &Scenario| args.filter.as_deref() == Some(s.name);
-    if !args.no_host && !args.stock && !scenarios::ALL.iter().any(named) {
+    let mut every = scenarios::ALL.iter().chain(matrix::ALL);
+    if !args.no_host && !args.stock && !args.matrix && !every.any(named) {
         host(args.filter.as_deref(), &mut count)?;
     }
     if !args.no_machine {
-        let chosen: Vec<&Scenario> = scenarios::ALL
+        let usual = scenarios::ALL.iter().filter(|_| !args.matrix);
+        let processors = matrix::ALL
             .iter()
+            .filter(|s| args.matrix || named(s) || (by_default(s) && !args.stock));
+        let chosen: Vec<&Scenario> = usual
+            .chain(processors)
             .filter(|s| args.filter.as_deref().is_none_or(|f| s.name.contains(f)))
             .filter(|s| s.disabled.is_none() || args.all || named(s))
             .collect();
@@ -74,7 +89,7 @@ pub fn test(args: &Args) -> Result<()> {
             machines(&chosen, args.stock, &mut count)?;
         }
         for scenario in scenarios::ALL.iter().filter(|s| s.disabled.is_some()) {
-            if !chosen.iter().any(|c| c.name == scenario.name) {
+            if !args.matrix && !chosen.iter().any(|c| c.name == scenario.name) {
                 println!(
                     "machine {} ... left out: {}",
                     scenario.name,
@@ -95,6 +110,11 @@ pub fn test(args: &Args) -> Result<()> {
         bail!("no test was run");
     }
     Ok(())
+}
+
+/// Whether a processor of the matrix is among what runs unless something else is asked for.
+fn by_default(scenario: &Scenario) -> bool {
+    matrix::BY_DEFAULT.contains(&scenario.name)
 }
 
 /// `cargo test` of the host crates, its output passed on and its results counted.

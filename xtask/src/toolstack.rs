@@ -85,9 +85,8 @@ const DIRS: &[&str] = &[
     "var/lib/xen",
     "var/lib/xenstored",
     "var/log/xen",
-    "var/run/xen",
-    "var/lock",
     "var/lib/galvan",
+    "run/lock",
     "run/xen",
 ];
 
@@ -286,7 +285,8 @@ fn archive_of(tree: &Path, linux: &Linux, busybox: &Path) -> Result<Vec<u8>> {
     let mut cpio = initrd::base(busybox, INIT, APPLETS)?;
     initrd::add_modules(&mut cpio, linux, DOM0_MODULES)?;
     cpio.symlink("lib64", "usr/lib64");
-    let mut libraries = BTreeSet::new();
+    // Loaded when a thread is cancelled, and named by no program.
+    let mut libraries = BTreeSet::from([format!("{LIBRARIES}/libgcc_s.so.1")]);
     for program in PROGRAMS {
         let data = read(&tree.join(program))?;
         // Everything under one name, sbin being a link to bin in this ramdisk.
@@ -299,6 +299,8 @@ fn archive_of(tree: &Path, linux: &Linux, busybox: &Path) -> Result<Vec<u8>> {
         cpio.file(&library, 0o755, &read(&tree.join(&library))?);
     }
     cpio.symlink("usr/lib64/ld-linux-x86-64.so.2", &format!("/{LOADER}"));
+    cpio.symlink("var/run", "../run");
+    cpio.symlink("var/lock", "../run/lock");
     for file in FILES {
         add(&mut cpio, tree, file)?;
     }
@@ -348,6 +350,8 @@ fn add(cpio: &mut Cpio, tree: &Path, path: &str) -> Result<()> {
     Ok(())
 }
 
+/// Where Debian has its libraries.
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 /// The dynamic loader, which is Debian 13's as the libraries are, whatever this host runs.
 const LOADER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
@@ -356,7 +360,7 @@ fn libraries_of(tree: &Path, program: &str) -> Result<BTreeSet<String>> {
     let list = sh::output(
         Command::new(tree.join(LOADER))
             .arg("--library-path")
-            .arg(tree.join("usr/lib/x86_64-linux-gnu"))
+            .arg(tree.join(LIBRARIES))
             .arg("--list")
             .arg(tree.join(program)),
     )?;

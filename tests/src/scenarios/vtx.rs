@@ -13,8 +13,7 @@ const MIB: u32 = 8;
 fn to_prompt(c: &mut Console) -> Result<()> {
     c.expect(r"galvan\.efi: VT-x with EPT", 180)?;
     let cpu = c.expect(r"TSC: (\d+)\.\d+ MHz", 60)?;
-    c.expect(r"dom0's kernel: [^\n]*", 180)?;
-    c.expect(r"VT-x: Caps ", 60)?;
+    c.expect(r"VT-x: EPT, unrestricted guest", 240)?;
     let up = c.expect(r"DOM0-UP ([\d.]+) s", 400)?;
     c.expect(r"root@galvan:~# ", 300)?;
     c.finding(&format!(
