@@ -21,8 +21,10 @@ pub struct Scenario {
     pub smp: u32,
     /// Memory, MiB.
     pub mem: u32,
-    /// CPU model in QEMU's words, when not the usual one.
+    /// CPU model in the emulator's words, when not the usual one.
     pub cpu: Option<&'static str>,
+    /// What the machine is emulated by.
+    pub emulator: Emulator,
     /// Whether the machine has an IOMMU.
     pub iommu: bool,
     /// The controller of Debian's disk.
@@ -45,6 +47,15 @@ pub enum Bus {
     Ahci,
 }
 
+/// An emulator.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Emulator {
+    /// QEMU, whose processors have AMD-V.
+    Qemu,
+    /// Bochs, whose Intel processors have VT-x and whose AMD ones have AMD-V.
+    Bochs,
+}
+
 /// What the machine starts from.
 #[derive(Debug, Clone, Copy)]
 pub enum Start {
@@ -52,6 +63,8 @@ pub enum Start {
     Ramdisk(&'static str),
     /// A small disk with a micro-guest of `tests/guests` as dom0's kernel.
     Guest(&'static str),
+    /// A small disk with Debian's kernel and a ramdisk with the toolstack and the guest `small`.
+    Toolstack,
     /// The disk image of `cargo xtask image`: Debian 13 as dom0, with the guest `demo`.
     Debian,
 }
@@ -93,6 +106,7 @@ impl Scenario {
             smp: 2,
             mem: 4096,
             cpu: None,
+            emulator: Emulator::Qemu,
             iommu: true,
             bus: Bus::Nvme,
             old_kernel: false,
@@ -116,6 +130,16 @@ impl Scenario {
     /// With another CPU model.
     pub const fn cpu(mut self, cpu: &'static str) -> Self {
         self.cpu = Some(cpu);
+        self
+    }
+
+    /// On a machine in Bochs with this CPU model: one processor, 1 GiB, no IOMMU.
+    pub const fn on_bochs(mut self, model: &'static str) -> Self {
+        self.emulator = Emulator::Bochs;
+        self.cpu = Some(model);
+        self.smp = 1;
+        self.mem = 1024;
+        self.iommu = false;
         self
     }
 

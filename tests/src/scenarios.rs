@@ -5,6 +5,8 @@ use anyhow::{Result, ensure};
 use crate::{Config, Console, Scenario, Start};
 
 mod guests;
+pub mod matrix;
+mod vtx;
 
 const DOM0_INIT: &str = include_str!("../ramdisk/dom0-init");
 
@@ -82,6 +84,14 @@ pub const ALL: &[Scenario] = &[
         400,
         dom0_ramdisk,
     ),
+    Scenario::new(
+        "vtx",
+        "VT-x: a guest with console, disk and network by stock xl; all is free at its end",
+        Start::Toolstack,
+        1200,
+        vtx::guest,
+    )
+    .on_bochs("corei7_skylake_x"),
     Scenario::new(
         "dom0-debian",
         "Debian 13 comes up as dom0 from NVMe, with network, and switches the machine off",

@@ -348,6 +348,37 @@ pub struct Caps {
     pub length_0: bool,
 }
 
+/// What an administrator or a report wants to know: the options that are in use, and those that the
+/// processor lacks or `no=` took away.
+impl fmt::Display for Caps {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let options = [
+            (self.features.contains(Features::VPID), "VPID"),
+            (
+                self.features.contains(Features::PAUSE_LOOP),
+                "pause-loop exiting",
+            ),
+            (self.largest_page == PageOrder::P1G, "1 GiB pages"),
+            (self.xsave.is_some(), "XSAVE"),
+            (self.tsc_aux, "RDTSCP"),
+            (self.invpcid, "INVPCID"),
+            (self.ibpb, "IBPB"),
+            (self.invept_single, "INVEPT of one table"),
+            (self.invvpid_single, "INVVPID of one VPID"),
+            (self.length_0, "injection without length"),
+        ];
+        write!(f, "EPT, unrestricted guest")?;
+        for (_, name) in options.iter().filter(|(there, _)| *there) {
+            write!(f, ", {name}")?;
+        }
+        let lacking = options.iter().filter(|(there, _)| !*there);
+        for (n, (_, name)) in lacking.enumerate() {
+            write!(f, "{}{name}", if n == 0 { "; without " } else { ", " })?;
+        }
+        Ok(())
+    }
+}
+
 /// A control that must be there, and its name.
 type Need = (u32, &'static str);
 

@@ -100,7 +100,7 @@ pub fn make(mib: u64) -> Result<Dom0> {
     let base = archive.root("guest", GUEST_PACKAGES, GUEST_HOOKS)?;
     let demo = tree::ext4("guest", &base, &guest_overlay(), "demo-root", DEMO_MIB)?;
 
-    let base = archive.root("dom0", DOM0_PACKAGES, DOM0_HOOKS)?;
+    let base = debian_root(&archive)?;
     let overlay = dom0_overlay()?
         .copy(
             &format!("usr/lib/modules/{}", linux.version),
@@ -116,6 +116,11 @@ pub fn make(mib: u64) -> Result<Dom0> {
         initrd: dom0_initrd,
         root,
     })
+}
+
+/// dom0's root file system as the packages leave it (a tar archive).
+pub fn debian_root(archive: &Archive) -> Result<PathBuf> {
+    archive.root("dom0", DOM0_PACKAGES, DOM0_HOOKS)
 }
 
 /// Offers ssh over AF_VSOCK, which neither has, and complains about it on the console at every boot.

@@ -83,47 +83,54 @@ pub fn with_modules(
     }
     cache::cached(&format!("initrd-{name}"), key, ".img", |path| {
         let step = sh::Step::start(format!("initrd for {name}"));
-        let mut cpio = base(busybox, INIT)?;
-        let tables = Tables::read(&linux.modules())?;
-        let chosen = tables.closure(modules)?;
-        let dir = format!("usr/lib/modules/{}", linux.version);
-        let mut dep = String::new();
-        for file in &chosen {
-            let plain = plain_name(file);
-            let from = linux.modules().join(file);
-            cpio.file(&format!("{dir}/{plain}"), 0o644, &unpacked(&from)?);
-            let needs: Vec<&str> = tables.needs(file).iter().map(|f| plain_name(f)).collect();
-            dep.push_str(&format!("{plain}: {}\n", needs.join(" ")));
-        }
-        let names: BTreeSet<String> = chosen.iter().map(|f| module_name(f)).collect();
-        let alias: String = fs::read_to_string(linux.modules().join("modules.alias"))?
-            .lines()
-            .filter(|line| line.rsplit(' ').next().is_some_and(|m| names.contains(m)))
-            .map(|line| format!("{line}\n"))
-            .collect();
-        cpio.file(&format!("{dir}/modules.dep"), 0o644, dep.as_bytes());
-        cpio.file(&format!("{dir}/modules.alias"), 0o644, alias.as_bytes());
-        cpio.symlink("lib", "usr/lib");
+        let mut cpio = base(busybox, INIT, APPLETS)?;
+        add_modules(&mut cpio, linux, modules)?;
         write_gzip(path, &cpio.finish())?;
         step.done();
         Ok(())
     })
 }
 
+/// Puts `modules` and all they need where modprobe finds them.
+pub fn add_modules(cpio: &mut Cpio, linux: &Linux, modules: &[&str]) -> Result<()> {
+    let tables = Tables::read(&linux.modules())?;
+    let chosen = tables.closure(modules)?;
+    let dir = format!("usr/lib/modules/{}", linux.version);
+    let mut dep = String::new();
+    for file in &chosen {
+        let plain = plain_name(file);
+        let from = linux.modules().join(file);
+        cpio.file(&format!("{dir}/{plain}"), 0o644, &unpacked(&from)?);
+        let needs: Vec<&str> = tables.needs(file).iter().map(|f| plain_name(f)).collect();
+        dep.push_str(&format!("{plain}: {}\n", needs.join(" ")));
+    }
+    let names: BTreeSet<String> = chosen.iter().map(|f| module_name(f)).collect();
+    let alias: String = fs::read_to_string(linux.modules().join("modules.alias"))?
+        .lines()
+        .filter(|line| line.rsplit(' ').next().is_some_and(|m| names.contains(m)))
+        .map(|line| format!("{line}\n"))
+        .collect();
+    cpio.file(&format!("{dir}/modules.dep"), 0o644, dep.as_bytes());
+    cpio.file(&format!("{dir}/modules.alias"), 0o644, alias.as_bytes());
+    cpio.symlink("lib", "usr/lib");
+    Ok(())
+}
+
 /// An initrd that is busybox and one init script, for scenarios without a root disk.
 pub fn ramdisk(name: &str, busybox: &Path, init: &str) -> Result<std::path::PathBuf> {
     let key = Key::new().add_file(busybox)?.add(init);
     cache::cached(&format!("ramdisk-{name}"), key, ".img", |path| {
-        write_gzip(path, &base(busybox, init)?.finish())
+        write_gzip(path, &base(busybox, init, APPLETS)?.finish())
     })
 }
 
-fn base(busybox: &Path, init: &str) -> Result<Cpio> {
+/// An archive with busybox under the names of `applets`, and the first program to run.
+pub fn base(busybox: &Path, init: &str, applets: &[&str]) -> Result<Cpio> {
     let mut cpio = Cpio::new();
     let program =
         fs::read(busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
     cpio.file("usr/bin/busybox", 0o755, &program);
-    for applet in APPLETS {
+    for applet in applets {
         cpio.symlink(&format!("usr/bin/{applet}"), "busybox");
     }
     cpio.symlink("bin", "usr/bin");
@@ -136,7 +143,8 @@ fn base(busybox: &Path, init: &str) -> Result<Cpio> {
     Ok(cpio)
 }
 
-fn write_gzip(path: &Path, data: &[u8]) -> Result<()> {
+/// Writes `data` compressed, in the way that is quickest to undo of those that every kernel knows.
+pub fn write_gzip(path: &Path, data: &[u8]) -> Result<()> {
     fs::write(path, data).with_context(|| format!("cannot write {}", path.display()))?;
     let packed = sh::scratch("gz")?;
     let out = fs::File::create(&packed)?;

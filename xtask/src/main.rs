@@ -2,6 +2,7 @@
 
 mod bare;
 mod bench;
+mod bochs;
 mod boot;
 mod cache;
 mod cpio;
@@ -16,7 +17,9 @@ mod qemu;
 mod run;
 mod setup;
 mod sh;
+mod terminal;
 mod test;
+mod toolstack;
 mod tree;
 
 use std::process::ExitCode;

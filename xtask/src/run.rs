@@ -5,17 +5,23 @@ use std::net::TcpListener;
 
 use anyhow::Result;
 
-use crate::{bare, debian, dom0, image, qemu, setup, sh};
+use crate::{bare, bochs, debian, dom0, esp, image, paths, qemu, setup, sh, terminal, toolstack};
 
 /// Build everything and boot it in QEMU, with dom0's console on this terminal.
 #[derive(Debug, clap::Args)]
 pub struct Args {
-    /// Processors of the machine.
-    #[arg(long, default_value_t = 2)]
-    smp: u32,
-    /// Memory of the machine, MiB.
-    #[arg(long, default_value_t = 4096)]
-    mem: u32,
+    /// On VT-x, in Bochs: one processor, 1 GiB, and dom0 in a ramdisk with the toolstack and a guest.
+    #[arg(long, conflicts_with_all = ["stock", "accel", "bus", "keep", "qemu_arg", "options", "cmdline"])]
+    vtx: bool,
+    /// With --vtx, the CPU model in Bochs' words (`bochs -help cpu` lists them).
+    #[arg(long, requires = "vtx", default_value = bochs::MODEL)]
+    model: String,
+    /// Processors of the machine [default: 2; with --vtx 1].
+    #[arg(long)]
+    smp: Option<u32>,
+    /// Memory of the machine, MiB [default: 4096; with --vtx 1024].
+    #[arg(long)]
+    mem: Option<u32>,
     /// The disk's controller.
     #[arg(long, value_enum, default_value = "nvme")]
     bus: qemu::DiskBus,
@@ -73,10 +79,10 @@ impl Hypervisor {
         cmdline: &str,
         kernel: &std::path::Path,
         initrd: Option<&std::path::Path>,
-    ) -> crate::esp::Contents {
-        crate::esp::Contents {
+    ) -> esp::Contents {
+        esp::Contents {
             efi: self.efi.clone(),
-            config: crate::esp::config(&format!("{options}{}", self.more_options), cmdline, initrd.is_some()),
+            config: esp::config(&format!("{options}{}", self.more_options), cmdline, initrd.is_some()),
             config_name: self.config_name.to_owned(),
             kernel: kernel.to_owned(),
             initrd: initrd.map(std::path::Path::to_owned),
@@ -87,6 +93,9 @@ impl Hypervisor {
 
 /// Does it all.
 pub fn run(args: &Args) -> Result<()> {
+    if args.vtx {
+        return vtx(args);
+    }
     setup::ensure(setup::FOR_RUN)?;
     let hypervisor = if args.stock {
         Hypervisor::stock()?
@@ -102,8 +111,8 @@ pub fn run(args: &Args) -> Result<()> {
         machine.accel = accel;
     }
     machine.boot_bus = args.bus;
-    machine.smp = args.smp;
-    machine.mem = args.mem;
+    machine.smp = args.smp.unwrap_or(machine.smp);
+    machine.mem = args.mem.unwrap_or(machine.mem);
     machine.snapshot = !args.keep;
     machine.no_reboot = false;
     machine.interactive = true;
@@ -114,7 +123,7 @@ pub fn run(args: &Args) -> Result<()> {
     eprintln!();
     eprintln!(
         "Machine: {} processors, {} MiB, UEFI, {}",
-        args.smp, args.mem, machine.accel
+        machine.smp, machine.mem, machine.accel
     );
     if machine.accel == qemu::Accel::Tcg {
         eprintln!("         which is slow: the prompt of dom0 takes a minute or so");
@@ -131,6 +140,46 @@ pub fn run(args: &Args) -> Result<()> {
 
     let result = sh::through(&mut machine.command()?);
     qemu::clean_up();
+    result
+}
+
+/// The same on VT-x: Bochs, and dom0 in a ramdisk.
+fn vtx(args: &Args) -> Result<()> {
+    setup::ensure(setup::FOR_BOCHS)?;
+    let hypervisor = Hypervisor::galvan()?;
+    let dom0 = toolstack::make()?;
+    let cmdline = format!("{} guest=start", toolstack::CMDLINE);
+    let contents = hypervisor.contents(
+        toolstack::OPTIONS,
+        &cmdline,
+        &dom0.kernel,
+        Some(&dom0.initrd),
+    );
+    std::fs::create_dir_all(paths::out())?;
+    let disk = paths::out().join(format!("vtx-{}.img", std::process::id()));
+    esp::write_image(&disk, &contents)?;
+
+    let mut machine = bochs::Machine::new(&disk);
+    machine.model.clone_from(&args.model);
+    machine.smp = args.smp.unwrap_or(machine.smp);
+    machine.mem = args.mem.unwrap_or(machine.mem);
+    eprintln!();
+    eprintln!(
+        "Machine: {} processor(s), {} MiB, UEFI, Bochs' emulation of {}",
+        machine.smp, machine.mem, machine.model
+    );
+    eprintln!("         which is slow: the prompt of dom0 takes two minutes or so");
+    eprintln!("To leave: Ctrl-A x, which switches the machine off");
+    eprintln!();
+    let result = machine.start(std::process::Stdio::null()).and_then(|running| {
+        let result = terminal::join(running.serial()?);
+        let complaints = running.complaints();
+        if !complaints.is_empty() {
+            eprintln!("Bochs' last errors:\n{complaints}");
+        }
+        result
+    });
+    let _ = std::fs::remove_file(&disk);
     result
 }
 

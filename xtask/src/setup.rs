@@ -21,6 +21,8 @@ pub enum Need {
     Images,
     /// QEMU and its firmware.
     Emulator,
+    /// Bochs and its firmware.
+    Bochs,
 }
 
 /// What `build` needs.
@@ -29,6 +31,8 @@ pub const FOR_BUILD: &[Need] = &[Need::BareToolchain];
 pub const FOR_IMAGE: &[Need] = &[Need::BareToolchain, Need::Images];
 /// What `run` and `test` need.
 pub const FOR_RUN: &[Need] = &[Need::BareToolchain, Need::Images, Need::Emulator];
+/// What machines in Bochs need.
+pub const FOR_BOCHS: &[Need] = &[Need::BareToolchain, Need::Images, Need::Bochs];
 
 /// The oldest compiler that the workspace builds with (`rust-version` in Cargo.toml).
 const RUST: &str = env!("CARGO_PKG_RUST_VERSION");
@@ -88,6 +92,7 @@ fn missing(needs: &[Need]) -> Vec<String> {
                     packages.insert("ovmf");
                 }
             }
+            Need::Bochs => packages.extend(crate::bochs::missing()),
         }
     }
     packages.into_iter().map(str::to_owned).collect()

@@ -1,5 +1,6 @@
 //! `cargo xtask test`: the host tests of every crate, then the whole-machine scenarios.
 
+use std::any::Any;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -8,11 +9,12 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use galvan_tests::{Bus, Config, Console, Scenario, Start, scenarios};
+use galvan_tests::{Bus, Config, Console, Emulator, Scenario, Start, scenarios};
+use scenarios::matrix;
 
 use crate::dom0::{self, Dom0};
 use crate::run::Hypervisor;
-use crate::{bare, boot, esp, image, paths, qemu, setup, sh};
+use crate::{bare, bochs, boot, esp, image, paths, qemu, setup, sh, toolstack};
 
 /// How many lines of a failed scenario's log are shown.
 const TAIL: usize = 40;
@@ -35,6 +37,9 @@ pub struct Args {
     /// Run the disabled scenarios as well.
     #[arg(long)]
     all: bool,
+    /// Boot every processor of the matrix to dom0's init, in Bochs and QEMU, instead of the rest.
+    #[arg(long, conflicts_with_all = ["stock", "all"])]
+    matrix: bool,
     /// Boot stock Xen of Debian in Galvan's place: shows what the scenarios ask for, and how fast
     /// stock is here. Leaves out the host tests.
     #[arg(long)]
@@ -56,16 +61,27 @@ pub fn test(args: &Args) -> Result<()> {
                 println!("{:24}   disabled: {reason}", "");
             }
         }
+        for scenario in matrix::ALL {
+            println!("{:24} {}", scenario.name, scenario.about);
+            if !by_default(scenario) {
+                println!("{:24}   by --matrix", "");
+            }
+        }
         return Ok(());
     }
     let mut count = Count::default();
     let named = |s: &Scenario| args.filter.as_deref() == Some(s.name);
-    if !args.no_host && !args.stock && !scenarios::ALL.iter().any(named) {
+    let mut every = scenarios::ALL.iter().chain(matrix::ALL);
+    if !args.no_host && !args.stock && !args.matrix && !every.any(named) {
         host(args.filter.as_deref(), &mut count)?;
     }
     if !args.no_machine {
-        let chosen: Vec<&Scenario> = scenarios::ALL
+        let usual = scenarios::ALL.iter().filter(|_| !args.matrix);
+        let processors = matrix::ALL
             .iter()
+            .filter(|s| args.matrix || named(s) || (by_default(s) && !args.stock));
+        let chosen: Vec<&Scenario> = usual
+            .chain(processors)
             .filter(|s| args.filter.as_deref().is_none_or(|f| s.name.contains(f)))
             .filter(|s| s.disabled.is_none() || args.all || named(s))
             .collect();
@@ -73,7 +89,7 @@ pub fn test(args: &Args) -> Result<()> {
             machines(&chosen, args.stock, &mut count)?;
         }
         for scenario in scenarios::ALL.iter().filter(|s| s.disabled.is_some()) {
-            if !chosen.iter().any(|c| c.name == scenario.name) {
+            if !args.matrix && !chosen.iter().any(|c| c.name == scenario.name) {
                 println!(
                     "machine {} ... left out: {}",
                     scenario.name,
@@ -94,6 +110,11 @@ pub fn test(args: &Args) -> Result<()> {
         bail!("no test was run");
     }
     Ok(())
+}
+
+/// Whether a processor of the matrix is among what runs unless something else is asked for.
+fn by_default(scenario: &Scenario) -> bool {
+    matrix::BY_DEFAULT.contains(&scenario.name)
 }
 
 /// `cargo test` of the host crates, its output passed on and its results counted.
@@ -146,6 +167,9 @@ struct Parts {
 
 fn machines(chosen: &[&Scenario], stock: bool, count: &mut Count) -> Result<()> {
     setup::ensure(setup::FOR_RUN)?;
+    if chosen.iter().any(|s| s.emulator == Emulator::Bochs) {
+        setup::ensure(setup::FOR_BOCHS)?;
+    }
     fs::create_dir_all(paths::test_logs())?;
     fs::create_dir_all(paths::out())?;
     let mut parts = Parts {
@@ -235,7 +259,11 @@ impl Parts {
             Config::Usual { options, cmdline } => (options, cmdline),
             Config::Text(_) | Config::Missing => ("", ""),
         };
-        let options = format!("{} {options}", boot::OPTIONS);
+        let usual = match scenario.emulator {
+            Emulator::Qemu => boot::OPTIONS,
+            Emulator::Bochs => toolstack::OPTIONS,
+        };
+        let options = format!("{usual} {options}");
         let options = options.trim_end();
         let adjusted = |mut contents: esp::Contents| {
             match scenario.config {
@@ -255,6 +283,19 @@ impl Parts {
                     cmdline.trim_end(),
                     &kernel,
                     Some(&initrd),
+                );
+                let disk = paths::out().join(format!("test-{}.img", scenario.name));
+                esp::write_image(&disk, &adjusted(contents))?;
+                Ok(disk)
+            }
+            Start::Toolstack => {
+                let dom0 = toolstack::make()?;
+                let cmdline = format!("{} {cmdline}", toolstack::CMDLINE);
+                let contents = self.hypervisor.contents(
+                    options.trim_end(),
+                    cmdline.trim_end(),
+                    &dom0.kernel,
+                    Some(&dom0.initrd),
                 );
                 let disk = paths::out().join(format!("test-{}.img", scenario.name));
                 esp::write_image(&disk, &adjusted(contents))?;
@@ -302,6 +343,26 @@ impl Drop for Running {
     }
 }
 
+/// The machine in QEMU that a scenario asks for.
+fn qemu_machine(scenario: &Scenario, disk: &Path, stock: bool) -> qemu::Machine {
+    let mut machine = qemu::Machine::new(disk);
+    machine.accel = qemu::Accel::Tcg;
+    machine.boot_bus = match scenario.start {
+        Start::Debian if scenario.bus == Bus::Nvme => qemu::DiskBus::Nvme,
+        Start::Debian | Start::Ramdisk(_) | Start::Guest(_) | Start::Toolstack => {
+            qemu::DiskBus::Ahci
+        }
+    };
+    machine.smp = scenario.smp;
+    machine.mem = scenario.mem;
+    machine.cpu = scenario.cpu.map(str::to_owned);
+    machine.iommu = scenario.iommu;
+    machine.one_thread = !stock;
+    // Every scenario starts from the same disk.
+    machine.snapshot = true;
+    machine
+}
+
 /// Plays a scenario; its findings are given even if it fails.
 fn perform(
     scenario: &Scenario,
@@ -311,29 +372,39 @@ fn perform(
     findings: &mut Vec<String>,
 ) -> Result<()> {
     let log_file = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
-    let mut machine = qemu::Machine::new(disk);
-    machine.accel = qemu::Accel::Tcg;
-    machine.boot_bus = match scenario.start {
-        Start::Debian if scenario.bus == Bus::Nvme => qemu::DiskBus::Nvme,
-        Start::Debian | Start::Ramdisk(_) | Start::Guest(_) => qemu::DiskBus::Ahci,
-    };
-    machine.smp = scenario.smp;
-    machine.mem = scenario.mem;
-    machine.cpu = scenario.cpu.map(str::to_owned);
-    machine.iommu = scenario.iommu;
-    machine.one_thread = !stock;
-    // Every scenario starts from the same disk.
-    machine.snapshot = true;
-    let mut qemu = machine.command()?;
-    qemu.stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(log_file.try_clone()?);
-    let mut running = Running(qemu.spawn().context("cannot start QEMU")?);
-    let input = running.0.stdin.take().context("QEMU has no input")?;
-    let output = running.0.stdout.take().context("QEMU has no output")?;
     let limit = Duration::from_secs(scenario.limit);
-    let mut console = Console::new(input, output, Some(log_file), limit);
+    let (running, mut console): (Box<dyn Any>, Console) = match scenario.emulator {
+        Emulator::Qemu => {
+            let mut qemu = qemu_machine(scenario, disk, stock).command()?;
+            qemu.stdin(Stdio::piped())
+                .stdout(Stdio::piped())
+                .stderr(log_file.try_clone()?);
+            let mut running = Running(qemu.spawn().context("cannot start QEMU")?);
+            let input = running.0.stdin.take().context("QEMU has no input")?;
+            let output = running.0.stdout.take().context("QEMU has no output")?;
+            let console = Console::new(input, output, Some(log_file), limit);
+            (Box::new(running), console)
+        }
+        Emulator::Bochs => {
+            let mut machine = bochs::Machine::new(disk);
+            if let Some(model) = scenario.cpu {
+                machine.model = model.to_owned();
+            }
+            machine.smp = scenario.smp;
+            machine.mem = scenario.mem;
+            let running = machine.start(log_file.try_clone()?.into())?;
+            let console = Console::new(running.serial()?, running.serial()?, Some(log_file), limit);
+            (Box::new(running), console)
+        }
+    };
     let result = (scenario.talk)(&mut console);
+    if result.is_err()
+        && let Some(bochs) = running.downcast_ref::<bochs::Running>()
+    {
+        for line in bochs.complaints().lines() {
+            console.note(&format!("Bochs: {line}"));
+        }
+    }
     drop(running);
     findings.extend_from_slice(console.findings());
     drop(console);

@@ -109,7 +109,8 @@ pub fn init(caps: Caps, cpus: u32) -> Result<(), Exhausted> {
         Caps::Vmx(caps) => {
             // SAFETY: see above.
             let real = unsafe { galvan_vmx::insn::Real::new() };
-            log::info!("VT-x: {caps:x?}");
+            log::info!("VT-x: {caps}");
+            log::debug!("VT-x: {caps:x?}");
             InUse::Vmx(Vmx::new(real, &MACHINE, caps, cpus)?)
         }
     };

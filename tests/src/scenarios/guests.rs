@@ -29,12 +29,12 @@ const OLD: &str = r#"sed 's,^name.*,name = "old",; s,/boot/vmlinuz,/boot/efi/EFI
 
 /// What is left for others: free memory in MiB, dom0's event channels.
 #[derive(Debug, PartialEq, Eq)]
-struct Left {
-    free_mib: u64,
-    event_channels: u64,
+pub(super) struct Left {
+    pub(super) free_mib: u64,
+    pub(super) event_channels: u64,
 }
 
-fn left(c: &mut Console) -> Result<Left> {
+pub(super) fn left(c: &mut Console) -> Result<Left> {
     let free = c.run("xl info | sed -n 's/^free_memory *: //p'", 60)?;
     let channels = c.run("/usr/lib/xen-4.20/bin/lsevtchn 0 | wc -l", 60)?;
     Ok(Left {
@@ -88,7 +88,7 @@ fn leave(c: &mut Console) -> Result<()> {
 }
 
 /// Waits until dom0 knows no guest of this name.
-fn gone(c: &mut Console, guest: &str) -> Result<()> {
+pub(super) fn gone(c: &mut Console, guest: &str) -> Result<()> {
     c.run(
         &format!(
             "for i in $(seq 120); do xl domid {guest} 2>/dev/null || break; sleep 1; done; ! xl domid {guest}"

@@ -271,3 +271,15 @@ fn capability_registers_are_read_only_where_they_exist() {
     });
     assert_eq!(settle(&r, Features::empty()), Err(Unsupported::NoEpt));
 }
+
+#[test]
+fn what_is_lacking_is_named_and_nothing_is_named_twice() {
+    let old = settle(&westmere(), Features::empty()).unwrap();
+    assert_eq!(
+        std::format!("{old}"),
+        "EPT, unrestricted guest, VPID, RDTSCP, INVEPT of one table, INVVPID of one VPID; \
+         without pause-loop exiting, 1 GiB pages, XSAVE, INVPCID, IBPB, injection without length"
+    );
+    let new = settle(&sapphire_rapids(), Features::VPID).unwrap();
+    assert!(std::format!("{new}").ends_with("; without VPID"), "{new}");
+}

@@ -1,0 +1,155 @@
+//! Many processors: on each, Galvan either says in one line why not, or Debian's kernel as dom0
+//! comes to the end of a ramdisk's init. What a processor has and lacks is a finding.
+
+use anyhow::Result;
+
+use super::DOM0_INIT;
+use crate::{Console, Scenario, Start};
+
+/// Seconds that a boot may take: the emulators are slow, and busy hosts make them slower.
+const LIMIT: u64 = 900;
+
+/// A machine that boots, or does what `talk` says.
+const fn machine(
+    name: &'static str,
+    about: &'static str,
+    talk: fn(&mut Console) -> Result<()>,
+) -> Scenario {
+    Scenario::new(name, about, Start::Ramdisk(DOM0_INIT), LIMIT, talk)
+}
+
+/// A processor with which Galvan has to work.
+const fn works(name: &'static str) -> Scenario {
+    machine(name, "dom0's init on this processor", boots)
+}
+
+/// A processor of which nothing is taken for granted.
+const fn perhaps(name: &'static str) -> Scenario {
+    machine(
+        name,
+        "dom0's init on this processor, or one line that says why not",
+        boots_or_refuses,
+    )
+}
+
+/// A processor with which it cannot.
+const fn refused(name: &'static str, why: fn(&mut Console) -> Result<()>) -> Scenario {
+    machine(name, "this processor is refused in one line", why)
+}
+
+/// The processors, old ones first.
+pub const ALL: &[Scenario] = &[
+    refused("bochs-prescott", without_either).on_bochs("p4_prescott_celeron_336"),
+    refused("bochs-penryn", without_ept).on_bochs("core2_penryn_t9600"),
+    refused("bochs-lynnfield", without_unrestricted_guest).on_bochs("corei5_lynnfield_750"),
+    works("bochs-arrandale").on_bochs("corei5_arrandale_m520"),
+    works("bochs-sandy-bridge").on_bochs("corei7_sandy_bridge_2600k"),
+    works("bochs-ivy-bridge").on_bochs("corei7_ivy_bridge_3770k"),
+    works("bochs-haswell").on_bochs("corei7_haswell_4770"),
+    works("bochs-broadwell").on_bochs("broadwell_ult"),
+    works("bochs-skylake").on_bochs("corei7_skylake_x"),
+    works("bochs-cannon-lake").on_bochs("corei3_cnl"),
+    works("bochs-ice-lake").on_bochs("corei7_icelake_u"),
+    works("bochs-tiger-lake").on_bochs("tigerlake"),
+    perhaps("bochs-turion").on_bochs("turion64_tyler"),
+    perhaps("bochs-phenom").on_bochs("phenom_8650_toliman"),
+    perhaps("bochs-zambezi").on_bochs("zambezi"),
+    perhaps("bochs-trinity").on_bochs("trinity_apu"),
+    perhaps("bochs-ryzen").on_bochs("ryzen"),
+    refused("qemu-no-nx", without_nx).cpu("qemu64,+svm,+npt,-nx"),
+    works("qemu-no-1g-pages").cpu("qemu64,+svm,+npt,-pdpe1gb"),
+    works("qemu-no-rdtscp").cpu("phenom,+svm,+npt,-rdtscp"),
+    perhaps("qemu-opteron-g5").cpu("Opteron_G5,+svm,+npt"),
+    perhaps("qemu-epyc").cpu("EPYC,+svm,+npt"),
+    perhaps("qemu-max").cpu("max"),
+];
+
+/// Those among them that run by default: the oldest processor that does, and one that does not.
+pub const BY_DEFAULT: &[&str] = &["bochs-penryn", "bochs-arrandale"];
+
+/// The loader's verdict.
+const VERDICT: &str = r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)|galvan\.efi: ([^\n]*processor[^\n]*|[^\n]*AMD-V[^\n]*|[^\n]*VT-x[^\n]*)";
+
+fn boots(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)\n", 240)?;
+    comes_up(c)
+}
+
+fn boots_or_refuses(c: &mut Console) -> Result<()> {
+    let verdict = c.expect(VERDICT, 240)?;
+    if verdict[1].is_empty() {
+        c.finding(&verdict[2]);
+        return back_at_the_loader(c);
+    }
+    comes_up(c)
+}
+
+/// From the hypervisor's first line to the end of dom0's init.
+fn comes_up(c: &mut Console) -> Result<()> {
+    let apic = c.expect(r"local APIC: ([^\n]*)", 240)?;
+    let caps = c.expect(r"(VT-x: EPT[^\n]*|AMD-V: [^\n]*?Features\([^)]*\))", 240)?;
+    c.finding(&format!("{}; {}", caps[1], apic[1]));
+    c.expect(r"DOM0-INIT-UP", 600)?;
+    let slept = c.expect(r"two seconds of sleep took (\d+) s", 120)?;
+    anyhow::ensure!(
+        matches!(&*slept[1], "2" | "3"),
+        "dom0's clock says {} s",
+        slept[1]
+    );
+    c.expect(r"DOM0-INIT-END", 60)?;
+    c.finding(&format!(
+        "dom0's init {:.0} s after power-on",
+        c.elapsed().as_secs_f32()
+    ));
+    Ok(())
+}
+
+/// The firmware goes on with its next way to boot.
+fn back_at_the_loader(c: &mut Console) -> Result<()> {
+    c.expect(
+        r"BdsDxe: (failed to start|loading|No bootable)|EFI (Internal )?Shell",
+        120,
+    )?;
+    Ok(())
+}
+
+fn refuses(c: &mut Console, why: &str) -> Result<()> {
+    let line = c.expect(&format!(r"galvan\.efi: ([^\n]*{why}[^\n]*)"), 240)?;
+    c.finding(&line[1]);
+    back_at_the_loader(c)
+}
+
+fn without_either(c: &mut Console) -> Result<()> {
+    refuses(c, r"neither AMD-V \(SVM\) nor VT-x \(VMX\)")
+}
+
+fn without_ept(c: &mut Console) -> Result<()> {
+    refuses(c, r"VT-x \(VMX\) has no EPT")
+}
+
+fn without_unrestricted_guest(c: &mut Console) -> Result<()> {
+    refuses(c, r"VT-x \(VMX\) has no unrestricted guest")
+}
+
+fn without_nx(c: &mut Console) -> Result<()> {
+    refuses(c, "no NX bit")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_runs_by_default_is_in_the_matrix() {
+        for name in BY_DEFAULT {
+            assert!(ALL.iter().any(|s| s.name == *name), "{name}");
+        }
+    }
+
+    #[test]
+    fn names_differ_from_those_of_the_other_scenarios() {
+        for scenario in ALL {
+            assert!(super::super::ALL.iter().all(|s| s.name != scenario.name));
+        }
+    }
+}

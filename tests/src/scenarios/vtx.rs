@@ -1,0 +1,124 @@
+//! Scenarios on VT-x: dom0 in a ramdisk with the toolstack, and the guest `small`.
+
+use anyhow::{Result, ensure};
+
+use super::guests::{gone, left};
+use super::same_bytes;
+use crate::Console;
+
+/// What is written to disks and sent through networks: few bytes, as the machine is slow.
+const MIB: u32 = 8;
+
+/// From power-on to the prompt of dom0's shell.
+fn to_prompt(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan\.efi: VT-x with EPT", 180)?;
+    let cpu = c.expect(r"TSC: (\d+)\.\d+ MHz", 60)?;
+    c.expect(r"VT-x: EPT, unrestricted guest", 240)?;
+    let up = c.expect(r"DOM0-UP ([\d.]+) s", 400)?;
+    c.expect(r"root@galvan:~# ", 300)?;
+    c.finding(&format!(
+        "dom0's init {} s of {} M instructions after its kernel's start, its prompt {:.0} s after power-on",
+        up[1],
+        cpu[1],
+        c.elapsed().as_secs_f32()
+    ));
+    Ok(())
+}
+
+/// Onto the console of the guest, which is there once its init has come to its end.
+fn on_console(c: &mut Console) -> Result<()> {
+    c.send("xl console small\n")?;
+    c.send("\n")?;
+    c.expect(r"root@small:~# ", 300)?;
+    Ok(())
+}
+
+/// Back to dom0's shell.
+fn leave(c: &mut Console) -> Result<()> {
+    c.send("\x1d")?;
+    c.expect(r"root@galvan:~# ", 60)?;
+    Ok(())
+}
+
+/// A guest with stock `xl` on VT-x: its console, disk and network, and all is free at its end.
+pub(super) fn guest(c: &mut Console) -> Result<()> {
+    to_prompt(c)?;
+    let info = c.run("xl info", 60)?;
+    ensure!(
+        info.contains("xen_extra              : -galvan") && info.contains("hvm"),
+        "xl info:\n{info}"
+    );
+    let noise = format!("dd if=/dev/urandom of=f bs=1M count={MIB} 2>/dev/null && sha256sum < f");
+    let sent = c.run(
+        &format!("cd /srv && {noise}; cd; httpd -p 10.9.0.1:80 -h /srv"),
+        120,
+    )?;
+
+    // The first guest makes dom0 load and learn what it keeps; the comparison begins after it.
+    let started = c.elapsed();
+    c.run("xl create -q /etc/xen/small.cfg", 240)?;
+    on_console(c)?;
+    c.finding(&format!(
+        "a guest's prompt {:.0} s after xl create",
+        (c.elapsed() - started).as_secs_f32()
+    ));
+    let release = c.run(
+        "uname -r; cat /sys/hypervisor/type; grep -c 'GenuineIntel' /proc/cpuinfo",
+        30,
+    )?;
+    ensure!(
+        release.contains("-amd64") && release.contains("xen") && release.ends_with('1'),
+        "the guest:\n{release}"
+    );
+    let written = c.run(&noise, 120)?;
+    let read = c.run(
+        &format!("dd if=f of=/dev/xvda bs=1M conv=fsync 2>/dev/null && echo 3 > /proc/sys/vm/drop_caches && dd if=/dev/xvda bs=1M count={MIB} 2>/dev/null | sha256sum"),
+        180,
+    )?;
+    same_bytes("the guest's disk", &written, &read)?;
+    let ping = c.run("ping -c 3 10.9.0.1", 60)?;
+    ensure!(ping.contains(" 0% packet loss"), "guest to dom0:\n{ping}");
+    let down = c.run("wget -q -O - http://10.9.0.1/f | sha256sum", 180)?;
+    same_bytes("dom0 to guest", &sent, &down)?;
+    c.run("httpd -h /root", 30)?;
+    leave(c)?;
+    let up = c.run("wget -q -O - http://10.9.0.2/f | sha256sum", 180)?;
+    same_bytes("guest to dom0", &written, &up)?;
+    let list = c.run("xl list", 60)?;
+    ensure!(
+        list.contains("Domain-0") && list.contains("small"),
+        "xl list:\n{list}"
+    );
+    c.run("xl destroy small", 120)?;
+    gone(c, "small")?;
+    let file = c.run(
+        &format!(
+            "head -c {} /var/lib/galvan/small.img | sha256sum",
+            MIB << 20
+        ),
+        60,
+    )?;
+    same_bytes("the disk as dom0 has it", &written, &file)?;
+
+    let before = left(c)?;
+    c.run("xl create -q /etc/xen/small.cfg", 240)?;
+    let with = left(c)?;
+    ensure!(
+        with.free_mib + 192 <= before.free_mib && with.event_channels > before.event_channels,
+        "{before:?} without the guest, {with:?} with it"
+    );
+    // In the middle of its start.
+    c.run("xl destroy small", 120)?;
+    gone(c, "small")?;
+    c.run("sleep 2", 30)?;
+    let after = left(c)?;
+    ensure!(
+        before == after,
+        "{before:?} before the guest, {after:?} after"
+    );
+    c.finding(&format!(
+        "{} MiB and {} event channels before and after a guest",
+        after.free_mib, after.event_channels
+    ));
+    Ok(())
+}

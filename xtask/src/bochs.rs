@@ -1,0 +1,270 @@
+//! The emulated machine with VT-x: Bochs, the one emulator that implements it in software.
+//!
+//! What QEMU gets on its command line Bochs reads from files, and its serial port is a connection
+//! to a TCP port on which this process listens; docs/emulators.md says what else is different.
+
+use std::fs::{self, File};
+use std::io::ErrorKind;
+use std::net::{TcpListener, TcpStream};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::{cache, paths, sh};
+
+/// The CPU model unless another is asked for: the youngest server processor of Bochs 2.7.
+pub const MODEL: &str = "corei7_skylake_x";
+/// Cylinders of 16 heads of 63 sectors are what Bochs cuts a disk into.
+const CYLINDER: u64 = 16 * 63 * 512;
+/// Instructions in a second of the machine's time. Time is counted, not measured, so this decides
+/// what its clocks show, and not how fast it is.
+const IPS: u32 = 140_000_000;
+/// How long Bochs may take to connect to its serial port.
+const CONNECT: Duration = Duration::from_secs(60);
+/// Bochs itself: `bochs` is a shell script around it.
+const PROGRAM: &str = "bochs-bin";
+/// The firmware, with its variables in the same file.
+const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
+const VGA_BIOS: &str = "/usr/share/bochs/VGABIOS-lgpl-latest";
+
+/// Packages of what is missing to run Bochs.
+pub fn missing() -> Vec<&'static str> {
+    [
+        (PROGRAM, "bochs"),
+        (VGA_BIOS, "vgabios"),
+        (FIRMWARE, "ovmf"),
+        // Ends Bochs with the process that wanted it.
+        ("setpriv", "util-linux"),
+    ]
+    .into_iter()
+    .filter(|(what, _)| paths::which(what).is_none())
+    .map(|(_, package)| package)
+    .collect()
+}
+
+/// A machine to start.
+#[derive(Debug, Clone)]
+pub struct Machine {
+    /// CPU model, in Bochs' words (`bochs -help cpu` lists them).
+    pub model: String,
+    /// Processors.
+    pub smp: u32,
+    /// Memory, MiB.
+    pub mem: u32,
+    /// The disk the firmware boots from. The machine writes to it, and it is made a whole number
+    /// of cylinders long.
+    pub boot: PathBuf,
+}
+
+/// A machine that was started; dropping it switches it off.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    dir: PathBuf,
+    serial: TcpStream,
+}
+
+impl Machine {
+    /// The usual machine, booting `boot`.
+    pub fn new(boot: &Path) -> Self {
+        Self {
+            model: MODEL.to_owned(),
+            smp: 1,
+            mem: 1024,
+            boot: boot.to_owned(),
+        }
+    }
+
+    /// Its configuration file. `dir` is where Bochs writes, `port` where its serial port connects.
+    fn bochsrc(&self, dir: &Path, port: u16) -> String {
+        // Without time limits of its own (`sync=none`) the machine is as fast as the host lets it
+        // be. MSRs that Bochs does not know read as 0, as on no processor; dom0 reads some.
+        format!(
+            "display_library: rfb, options=\"timeout=0\"\n\
+             romimage: file={FIRMWARE}\n\
+             vgaromimage: file={VGA_BIOS}\n\
+             megs: {}\n\
+             cpu: model={}, count={}, ips={IPS}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
+             clock: sync=none\n\
+             sound: driver=dummy\n\
+             com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
+             ata0-master: type=disk, path=\"{}\", mode=flat, cylinders=0\n\
+             boot: disk\n\
+             log: {}\n\
+             panic: action=report\n\
+             error: action=report\n\
+             info: action=report\n\
+             debug: action=ignore\n",
+            self.mem,
+            self.model,
+            self.smp,
+            self.boot.display(),
+            dir.join("bochs.log").display(),
+        )
+    }
+
+    /// Starts it, with what Bochs itself prints going to `out`.
+    pub fn start(&self, out: Stdio) -> Result<Running> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let n = NEXT.fetch_add(1, Ordering::Relaxed);
+        let dir = paths::out().join(format!("bochs-{}-{n}", std::process::id()));
+        fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+        let whole = fs::metadata(&self.boot)?.len().next_multiple_of(CYLINDER);
+        File::options()
+            .write(true)
+            .open(&self.boot)?
+            .set_len(whole)?;
+
+        let listener = TcpListener::bind(("127.0.0.1", 0)).context("no TCP port is free")?;
+        listener.set_nonblocking(true)?;
+        let rc = self.bochsrc(&dir, listener.local_addr()?.port());
+        fs::write(dir.join("bochsrc"), rc)?;
+        // Debian's Bochs is the one with a debugger, which waits for a command before the start.
+        fs::write(dir.join("rc"), "c\n")?;
+        let child = Command::new("setpriv")
+            .args(["--pdeathsig", "KILL", PROGRAM, "-q", "-f"])
+            .arg(dir.join("bochsrc"))
+            .arg("-rc")
+            .arg(dir.join("rc"))
+            .current_dir(&dir)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(out)
+            .spawn()
+            .context("cannot start Bochs")?;
+        let mut starting = Starting {
+            child: Some(child),
+            dir,
+        };
+        let serial = starting.serial(&listener)?;
+        starting.done(serial)
+    }
+}
+
+/// A machine whose serial port has not connected yet.
+struct Starting {
+    child: Option<Child>,
+    dir: PathBuf,
+}
+
+impl Starting {
+    fn serial(&mut self, listener: &TcpListener) -> Result<TcpStream> {
+        let start = Instant::now();
+        loop {
+            match listener.accept() {
+                Ok((stream, _)) => {
+                    stream.set_nonblocking(false)?;
+                    stream.set_nodelay(true)?;
+                    return Ok(stream);
+                }
+                Err(error) if error.kind() == ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error).context("the serial port"),
+            }
+            let ended = match &mut self.child {
+                Some(child) => child.try_wait()?,
+                None => None,
+            };
+            if ended.is_some() || start.elapsed() > CONNECT {
+                let log = fs::read(self.dir.join("bochs.log")).unwrap_or_default();
+                bail!(
+                    "Bochs did not start the machine:\n{}",
+                    sh::tail(&String::from_utf8_lossy(&log), 15)
+                );
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    }
+
+    fn done(mut self, serial: TcpStream) -> Result<Running> {
+        let child = self.child.take().context("Bochs is gone")?;
+        Ok(Running {
+            child,
+            dir: std::mem::take(&mut self.dir),
+            serial,
+        })
+    }
+}
+
+impl Drop for Starting {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+            let _ = cache::remove(&self.dir);
+        }
+    }
+}
+
+impl Running {
+    /// The serial port.
+    pub fn serial(&self) -> Result<TcpStream> {
+        self.serial.try_clone().context("the serial port")
+    }
+
+    /// What Bochs has to say about the machine's last moments: its log without the chatter.
+    pub fn complaints(&self) -> String {
+        let log = fs::read(self.dir.join("bochs.log")).unwrap_or_default();
+        complaints(&String::from_utf8_lossy(&log))
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+        let _ = cache::remove(&self.dir);
+    }
+}
+
+/// The last panics and errors of a log of Bochs, whose lines begin with the time, a letter for the
+/// kind, and the device.
+fn complaints(log: &str) -> String {
+    let lines: Vec<&str> = log
+        .lines()
+        .filter(|line| {
+            let kind = line.trim_start_matches(|c: char| c.is_ascii_digit());
+            kind.len() < line.len() && (kind.starts_with("p[") || kind.starts_with("e["))
+        })
+        // Ordinary life: exits, and MSRs and configuration space that are not there.
+        .filter(|line| ["VMEXIT:", "MSR", "[PCI"].iter().all(|w| !line.contains(w)))
+        .collect();
+    lines[lines.len().saturating_sub(10)..].join("\n")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_configuration_names_disk_model_and_port() {
+        let mut machine = Machine::new(Path::new("/tmp/a disk.img"));
+        machine.smp = 2;
+        let text = machine.bochsrc(Path::new("/tmp/d"), 4711);
+        assert!(
+            text.contains("path=\"/tmp/a disk.img\", mode=flat"),
+            "{text}"
+        );
+        assert!(
+            text.contains("cpu: model=corei7_skylake_x, count=2,"),
+            "{text}"
+        );
+        assert!(
+            text.contains("mode=socket-client, dev=127.0.0.1:4711\n"),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn only_errors_and_panics_are_complaints() {
+        let log = "00000000000i[CPU0  ] cpu id\n00123e[CPU0  ] VMENTRY FAIL: x\n\
+                   00124p[HD    ] >>PANIC<< gone\n00125e[CPU0  ] RDMSR: Unknown MSR\n\
+                   00126e[CPU0  ] VMEXIT: EPT violation\n====\n";
+        assert_eq!(
+            complaints(log),
+            "00123e[CPU0  ] VMENTRY FAIL: x\n00124p[HD    ] >>PANIC<< gone"
+        );
+    }
+}
