@@ -32,6 +32,8 @@ pub struct Scenario {
     /// Whether Debian 12's kernel for guests is on the EFI system partition, as `vmlinuz-12` and
     /// `initrd-12.img`.
     pub old_kernel: bool,
+    /// Whether the micro-guests are in dom0's ramdisk, in `/root`.
+    pub micro_guests: bool,
     /// Seconds after which the machine is switched off, whatever it does.
     pub limit: u64,
     /// The dialogue.
@@ -110,6 +112,7 @@ impl Scenario {
             iommu: true,
             bus: Bus::Nvme,
             old_kernel: false,
+            micro_guests: false,
             limit,
             talk,
         }
@@ -152,6 +155,12 @@ impl Scenario {
     /// With Debian 12's kernel for guests.
     pub const fn with_old_kernel(mut self) -> Self {
         self.old_kernel = true;
+        self
+    }
+
+    /// With the micro-guests in dom0's ramdisk.
+    pub const fn with_micro_guests(mut self) -> Self {
+        self.micro_guests = true;
         self
     }
 

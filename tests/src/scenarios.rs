@@ -4,6 +4,7 @@ use anyhow::{Result, ensure};
 
 use crate::{Config, Console, Scenario, Start};
 
+mod abuse;
 mod guests;
 pub mod matrix;
 mod vtx;
@@ -92,6 +93,14 @@ pub const ALL: &[Scenario] = &[
         vtx::guest,
     )
     .on_bochs("corei7_skylake_x"),
+    Scenario::new(
+        "abuse",
+        "hostile guests get an errno or their own end; dom0 and all memory are there afterwards",
+        Start::Toolstack,
+        900,
+        abuse::guests,
+    )
+    .with_micro_guests(),
     Scenario::new(
         "dom0-debian",
         "Debian 13 comes up as dom0 from NVMe, with network, and switches the machine off",

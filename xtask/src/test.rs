@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail};
 use galvan_tests::{Bus, Config, Console, Emulator, Scenario, Start, scenarios};
 use scenarios::matrix;
 
+use crate::cpio::Cpio;
 use crate::dom0::{self, Dom0};
 use crate::run::Hypervisor;
 use crate::{bare, bochs, boot, esp, image, paths, qemu, setup, sh, toolstack};
@@ -278,18 +279,18 @@ impl Parts {
             Start::Ramdisk(init) => {
                 let (kernel, initrd) = dom0::ramdisk("test", init)?;
                 let cmdline = format!("console=hvc0 {cmdline}");
-                let contents = self.hypervisor.contents(
-                    options,
-                    cmdline.trim_end(),
-                    &kernel,
-                    Some(&initrd),
-                );
+                let contents =
+                    self.hypervisor
+                        .contents(options, cmdline.trim_end(), &kernel, Some(&initrd));
                 let disk = paths::out().join(format!("test-{}.img", scenario.name));
                 esp::write_image(&disk, &adjusted(contents))?;
                 Ok(disk)
             }
             Start::Toolstack => {
-                let dom0 = toolstack::make()?;
+                let mut dom0 = toolstack::make()?;
+                if scenario.micro_guests {
+                    dom0.initrd = with_micro_guests(&dom0.initrd)?;
+                }
                 let cmdline = format!("{} {cmdline}", toolstack::CMDLINE);
                 let contents = self.hypervisor.contents(
                     options.trim_end(),
@@ -331,6 +332,23 @@ impl Parts {
             }
         }
     }
+}
+
+/// A ramdisk with the micro-guests in `/root`: the kernel unpacks archives one after the other.
+fn with_micro_guests(initrd: &Path) -> Result<PathBuf> {
+    let mut more = Cpio::new();
+    let name = "abuse";
+    more.file(
+        &format!("root/{name}"),
+        0o644,
+        &fs::read(bare::guest(name)?)?,
+    );
+    let mut all = fs::read(initrd)?;
+    all.resize(all.len().next_multiple_of(4), 0);
+    all.extend(more.finish());
+    let path = paths::out().join("initrd-micro-guests.img");
+    fs::write(&path, all)?;
+    Ok(path)
 }
 
 /// A process that does not outlive its owner.
