@@ -40,11 +40,11 @@ static BALLOON: Page = Page::new();
 /// Where a grant is mapped: a hole of its own.
 static WINDOW: Page = Page::new();
 
-/// The least ticks that `f` takes, with `before` ahead of each run.
+/// The least ticks that `f` takes in so many runs, with `before` ahead of each.
 #[inline(always)]
-fn least(mut before: impl FnMut(), mut f: impl FnMut()) -> u64 {
+fn least(runs: u32, mut before: impl FnMut(), mut f: impl FnMut()) -> u64 {
     let mut least = u64::MAX;
-    for _ in 0..RUNS {
+    for _ in 0..runs {
         before();
         let a = cpu::rdtsc();
         f();
@@ -56,11 +56,20 @@ fn least(mut before: impl FnMut(), mut f: impl FnMut()) -> u64 {
 
 struct Bench {
     nothing: u64,
-    /// The one operation that is wanted; empty: all.
+    /// The one operation that is wanted, and then for ever, so that it can be watched; empty: all.
     only: &'static [u8],
 }
 
 impl Bench {
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only == name.as_bytes()
+    }
+
+    /// How often an operation that is run `all` times among all is run.
+    fn runs(&self, all: u32) -> u32 {
+        if self.only.is_empty() { all } else { u32::MAX }
+    }
+
     #[inline(always)]
     fn run(&self, name: &str, f: impl FnMut()) {
         self.run_after(name, || {}, f);
@@ -68,11 +77,10 @@ impl Bench {
 
     #[inline(always)]
     fn run_after(&self, name: &str, before: impl FnMut(), f: impl FnMut()) {
-        if !self.only.is_empty() && self.only != name.as_bytes() {
-            return;
+        if self.wants(name) {
+            let ticks = least(self.runs(RUNS), before, f).wrapping_sub(self.nothing);
+            println!("BENCH {name} {ticks}");
         }
-        let ticks = least(before, f).wrapping_sub(self.nothing);
-        println!("BENCH {name} {ticks}");
     }
 }
 
@@ -96,8 +104,9 @@ fn failed(name: &str, r: i64) {
 #[unsafe(no_mangle)]
 fn guest_main(start: &'static HvmStartInfo) {
     println!("BENCH-BEGIN");
-    let b = Bench { nothing: least(|| {}, || {}), only: only(start) };
+    let b = Bench { nothing: least(RUNS, || {}, || {}), only: only(start) };
     let nops = least(
+        RUNS,
         || {},
         || {
             // SAFETY: nothing happens.
@@ -264,16 +273,16 @@ fn timer(b: &Bench) {
 
     // From the moment the timer is due to the first instruction of the upcall's handler, having
     // waited for it in HLT.
-    if !b.only.is_empty() && b.only != b"hlt-timer" {
+    if !b.wants("hlt-timer") {
         return;
     }
     events::clear_pending();
     events::set_masked(port, false);
     events::timed(true);
     let mut least = u64::MAX;
-    for i in 0..u64::from(RUNS) {
+    for i in 0..u64::from(b.runs(RUNS)) {
         let (ns, tsc) = now();
-        let ahead = 60_000 + i * 37;
+        let ahead = 60_000 + i % u64::from(RUNS) * 37;
         set(ns + ahead);
         let before = events::UPCALLS.load(Relaxed);
         while events::UPCALLS.load(Relaxed) == before {
@@ -362,8 +371,12 @@ fn grants(b: &Bench) {
         let r = call(HYPERVISOR_GRANT_TABLE_OP, [gt::GNTTABOP_UNMAP_GRANT_REF.into(), &raw mut u as u64, 1, 0, 0]);
         if r == 0 { i64::from(u.status.0) } else { r }
     };
+    if !b.wants("grant-map") {
+        return;
+    }
     let mut least = u64::MAX;
-    for (i, page) in (0..).zip(&MAPPED) {
+    let pages = (0..).zip(&MAPPED).cycle();
+    for (i, page) in pages.take(b.runs(MAPPED.len() as u32) as usize) {
         let gref = gref + 1 + i;
         page.set(7, 0x1000 + u64::from(i));
         grant(gref, page);
@@ -383,9 +396,7 @@ fn grants(b: &Bench) {
         }
         least = least.min((b - a) + (d - c));
     }
-    if b.only.is_empty() || b.only == b"grant-map" {
-        println!("BENCH grant-map {}", least - 2 * b.nothing);
-    }
+    println!("BENCH grant-map {}", least - 2 * b.nothing);
 }
 
 #[inline(always)]
