@@ -7,8 +7,8 @@
 
 use alloc::sync::Arc;
 
-use galvan_base::state::{CR0_PG, CR4_PAE, CR4_PSE, EFER_LMA};
-use galvan_base::{Gfn, Gpa, PAGE_SIZE};
+use galvan_base::hw::PagingMode;
+use galvan_base::{Gfn, Gpa, Mpa, PAGE_SIZE};
 use galvan_dom0_proto::errno::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -16,6 +16,7 @@ use crate::domain::Domain;
 use crate::hv::Hv;
 use crate::p2m::{P2mError, P2mType, Page, Want};
 use crate::vcpu::{Vcpu, VcpuState};
+use crate::walk_cache::{Query, Trail};
 
 /// Everything an exit or hypercall handler works on: the vCPU that is being served.
 #[derive(Debug)]
@@ -94,52 +95,80 @@ impl Cx<'_> {
 
     /// Translates a guest virtual address for an access of this kind. Sets accessed and dirty bits.
     pub fn translate_as(&self, gva: u64, a: Access) -> Result<Gpa, WalkFault> {
-        let hw = &self.st.hw;
-        if hw.cr(0) & CR0_PG == 0 {
-            return Ok(Gpa::new_truncate(gva & 0xffff_ffff));
-        }
-        let cr4 = hw.cr(4);
-        let cr3 = hw.cr(3);
-        if hw.efer() & EFER_LMA != 0 {
-            if (gva as i64) << 16 >> 16 != gva as i64 {
-                return Err(WalkFault::NotCanonical);
-            }
-            self.walk(cr3 & PTE_ADDR, gva, &LONG, a)
-        } else if cr4 & CR4_PAE != 0 {
-            // The four PDPTEs have neither W nor A (Intel SDM "PAE Paging").
-            let pdpte_at = (cr3 & 0xffff_ffe0) + ((gva >> 30) & 3) * 8;
-            let pdpte = self.load(pdpte_at, 8)?;
-            if pdpte & PTE_P == 0 {
-                return Err(WalkFault::PageFault { present: false });
-            }
-            self.walk(pdpte & PTE_ADDR, gva & 0xffff_ffff, &PAE, a)
-        } else {
-            self.walk(
-                cr3 & 0xffff_f000,
-                gva & 0xffff_ffff,
-                if cr4 & CR4_PSE != 0 {
-                    &LEGACY_PSE
-                } else {
-                    &LEGACY
-                },
-                a,
-            )
+        let q = self.query(gva, a);
+        match self.st.walks.address(self.hv.hw, &self.dom.p2m, &q) {
+            Some(gpa) => Ok(gpa),
+            None => self.look_up(&q),
         }
     }
 
-    fn walk(
-        &self,
-        mut table: u64,
-        gva: u64,
-        mode: &Mode,
-        access: Access,
-    ) -> Result<Gpa, WalkFault> {
+    #[inline]
+    fn query(&self, gva: u64, access: Access) -> Query {
+        let (mode, cr3) = self.st.hw.paging();
+        let gva = if mode == PagingMode::Long { gva } else { gva & 0xffff_ffff };
+        Query { gva, cr3, mode, access }
+    }
+
+    /// The page at a guest virtual address, held for an access that the hypervisor makes on behalf of
+    /// the guest's supervisor, and the guest physical address.
+    fn reach(&self, gva: u64, want: Want) -> Result<(Gpa, Page), WalkFault> {
+        let access = match want {
+            Want::Read => Access::empty(),
+            Want::Write => Access::WRITE,
+        };
+        let q = self.query(gva, access);
+        if let Some((gpa, page)) = self.st.walks.page(self.hv.hw, &self.dom.p2m, &q) {
+            return Ok((gpa, Page::of_ram(page)));
+        }
+        let gpa = self.look_up(&q)?;
+        let page = self
+            .dom
+            .p2m
+            .get_page(gpa.frame(), want)
+            .map_err(|_| WalkFault::NotRam(gpa))?;
+        if page.ty() == P2mType::Ram {
+            self.st.walks.keep_frame(&q, gpa, page.mfn());
+        }
+        Ok((gpa, page))
+    }
+
+    /// Walks the guest's tables, and remembers the way.
+    fn look_up(&self, q: &Query) -> Result<Gpa, WalkFault> {
+        let &Query { gva, cr3, mode, .. } = q;
+        let mut trail = Trail::new(&self.dom.p2m, matches!(mode, PagingMode::Long | PagingMode::Pae));
+        let gpa = match mode {
+            PagingMode::Off => return Ok(Gpa::new_truncate(gva)),
+            PagingMode::Long => {
+                if (gva as i64) << 16 >> 16 != gva as i64 {
+                    return Err(WalkFault::NotCanonical);
+                }
+                self.walk(cr3 & PTE_ADDR, &LONG, q, &mut trail)
+            }
+            PagingMode::Pae => {
+                // The four PDPTEs have neither W nor A (Intel SDM "PAE Paging").
+                let pdpte_at = (cr3 & 0xffff_ffe0) + ((gva >> 30) & 3) * 8;
+                let (pdpte, at, plain) = self.load(pdpte_at, 8)?;
+                if pdpte & PTE_P == 0 {
+                    return Err(WalkFault::PageFault { present: false });
+                }
+                trail.step(at, pdpte, plain);
+                self.walk(pdpte & PTE_ADDR, &PAE, q, &mut trail)
+            }
+            PagingMode::LegacyPse => self.walk(cr3 & 0xffff_f000, &LEGACY_PSE, q, &mut trail),
+            PagingMode::Legacy => self.walk(cr3 & 0xffff_f000, &LEGACY, q, &mut trail),
+        }?;
+        self.st.walks.keep(q, &trail, gpa);
+        Ok(gpa)
+    }
+
+    fn walk(&self, mut table: u64, mode: &Mode, q: &Query, trail: &mut Trail) -> Result<Gpa, WalkFault> {
+        let &Query { gva, access, .. } = q;
         let write = access.contains(Access::WRITE);
         let mut user_page = true;
         for (i, level) in mode.levels.iter().enumerate() {
             let index = (gva >> level.shift) & level.mask;
             let at = table + index * mode.entry;
-            let pte = self.load(at, mode.entry)?;
+            let (pte, entry_at, plain) = self.load(at, mode.entry)?;
             if pte & PTE_P == 0 {
                 return Err(WalkFault::PageFault { present: false });
             }
@@ -160,6 +189,7 @@ impl Cx<'_> {
             if pte & want != want {
                 self.set_bits(at, want)?;
             }
+            trail.step(entry_at, pte | want, plain);
             if !leaf {
                 table = if mode.entry == 8 {
                     pte & PTE_ADDR
@@ -182,7 +212,8 @@ impl Cx<'_> {
         Err(WalkFault::PageFault { present: false })
     }
 
-    fn load(&self, gpa: u64, size: u64) -> Result<u64, WalkFault> {
+    /// An entry, where in the machine's memory it is, and whether that is ordinary RAM.
+    fn load(&self, gpa: u64, size: u64) -> Result<(u64, Mpa, bool), WalkFault> {
         let a = Gpa::new_truncate(gpa);
         let page = self
             .dom
@@ -194,7 +225,9 @@ impl Cx<'_> {
         } else {
             self.hv.hw.load_u32(page.mfn(), a.offset()).map(u64::from)
         };
-        r.map_err(|_| WalkFault::NotRam(a))
+        let at = Mpa::new_truncate(page.mfn().addr().get() + a.offset() as u64);
+        let plain = page.ty() == P2mType::Ram;
+        r.map(|v| (v, at, plain)).map_err(|_| WalkFault::NotRam(a))
     }
 
     fn set_bits(&self, gpa: u64, bits: u64) -> Result<(), WalkFault> {
@@ -215,10 +248,11 @@ impl Cx<'_> {
     /// Copies from guest virtual memory.
     pub fn read_bytes(&self, mut gva: u64, mut buf: &mut [u8]) -> Result<(), WalkFault> {
         while !buf.is_empty() {
-            let gpa = self.translate(gva, false)?;
+            let (gpa, page) = self.reach(gva, Want::Read)?;
             let n = buf.len().min(PAGE_SIZE - gpa.offset());
             let (now, rest) = buf.split_at_mut(n);
-            read_gpa(self.hv, self.dom, gpa, now).map_err(|_| WalkFault::NotRam(gpa))?;
+            let r = self.hv.hw.read(page.mfn(), gpa.offset(), now);
+            r.map_err(|_| WalkFault::NotRam(gpa))?;
             gva = gva.wrapping_add(n as u64);
             buf = rest;
         }
@@ -228,10 +262,12 @@ impl Cx<'_> {
     /// Copies into guest virtual memory.
     pub fn write_bytes(&self, mut gva: u64, mut buf: &[u8]) -> Result<(), WalkFault> {
         while !buf.is_empty() {
-            let gpa = self.translate(gva, true)?;
+            let (gpa, page) = self.reach(gva, Want::Write)?;
             let n = buf.len().min(PAGE_SIZE - gpa.offset());
             let (now, rest) = buf.split_at(n);
-            write_gpa(self.hv, self.dom, gpa, now).map_err(|_| WalkFault::NotRam(gpa))?;
+            let r = self.hv.hw.write(page.mfn(), gpa.offset(), now);
+            r.map_err(|_| WalkFault::NotRam(gpa))?;
+            written(self.hv, self.dom, gpa.frame(), page);
             gva = gva.wrapping_add(n as u64);
             buf = rest;
         }

@@ -37,5 +37,6 @@ pub mod time;
 pub mod timer;
 pub mod upcall;
 pub mod vcpu;
+pub mod walk_cache;
 pub mod xen_version;
 

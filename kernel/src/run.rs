@@ -17,6 +17,20 @@ use crate::guest_access::Cx;
 use crate::hv::Hv;
 use crate::vcpu::{Vcpu, block, request};
 
+/// What an idle CPU zeroes between two looks at whether there is work: so long a deadline may be
+/// missed for it.
+const SCRUB_PIECE: PageOrder = PageOrder::P4K;
+
+/// The earlier of two times that may not be set.
+#[inline(always)]
+pub(crate) fn sooner(a: Option<u64>, b: Option<u64>) -> Option<u64> {
+    match (a, b) {
+        (Some(a), Some(b)) => Some(a.min(b)),
+        (a, None) => a,
+        (None, b) => b,
+    }
+}
+
 /// Runs vCPUs on the calling CPU. Does not return.
 pub fn cpu_loop(hv: Hv) -> ! {
     loop {
@@ -40,14 +54,11 @@ pub fn run_once(hv: Hv) {
             hv.sched.put_back(hv, cpu, v);
         }
         // Idle time goes into scrubbing what others have left, a piece at a time.
-        None if !hv.sched.has_work(cpu) && hv.frames.scrub(PageOrder::P2M) => {
+        None if !hv.sched.has_work(cpu) && hv.frames.scrub(SCRUB_PIECE) => {
             hv.hw.take_interrupts();
         }
         None => {
-            let deadline = [hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu)]
-                .into_iter()
-                .flatten()
-                .min();
+            let deadline = sooner(hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu));
             hv.timers.arm(hv, cpu, deadline);
             let start = hv.hw.now_ns();
             hv.hw.idle(&|| hv.sched.has_work(cpu));
@@ -76,45 +87,42 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
         vcpu: v,
         st: &mut guard,
     });
+    let mut cx = Cx {
+        hv,
+        dom: d,
+        vcpu: v,
+        st: &mut guard,
+    };
+    // The next entry depends on nothing that may have changed since the last: see `Next::Quiet`.
+    let mut quiet = false;
     loop {
-        let mut cx = Cx {
-            hv,
-            dom: d,
-            vcpu: v,
-            st: &mut guard,
-        };
-        hv.timers.expire(hv, cpu);
-        if v.has_posted() {
-            serve_requests(&mut cx);
-        }
-        crate::time::expire_own(&mut cx);
-        if !v.runnable() || hv.sched.must_yield(hv, cpu) {
-            break;
-        }
-        if !crate::upcall::prepare_entry(&mut cx) {
-            // Halted and nothing to wake it. Say so before looking once more: whoever posts after
-            // the look sees the flag and wakes us.
-            v.blocked.fetch_or(block::HALTED, Ordering::SeqCst);
+        if !quiet {
+            hv.timers.expire(hv, cpu);
             if v.has_posted() {
-                v.blocked.fetch_and(!block::HALTED, Ordering::SeqCst);
-                continue;
+                serve_requests(&mut cx);
             }
-            if crate::shutdown::halted_for_good(&mut cx) {
-                v.blocked.fetch_or(block::DOWN, Ordering::SeqCst);
+            crate::time::expire_own(&mut cx);
+            if !v.runnable() || hv.sched.must_yield(hv, cpu) {
+                break;
             }
-            break;
+            if !crate::upcall::prepare_entry(&mut cx) {
+                // Halted and nothing to wake it. Say so before looking once more: whoever posts
+                // after the look sees the flag and wakes us.
+                v.blocked.fetch_or(block::HALTED, Ordering::SeqCst);
+                if v.has_posted() {
+                    v.blocked.fetch_and(!block::HALTED, Ordering::SeqCst);
+                    continue;
+                }
+                if crate::shutdown::halted_for_good(&mut cx) {
+                    v.blocked.fetch_or(block::DOWN, Ordering::SeqCst);
+                }
+                break;
+            }
+            let own = sooner(cx.st.next_deadline(), exit::apic::deadline(cx.st, hv));
+            let cpus = sooner(hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu));
+            hv.timers.arm(hv, cpu, sooner(own, cpus));
         }
-
-        let deadline = [
-            cx.st.next_deadline(),
-            exit::apic::deadline(cx.st, hv),
-            hv.timers.next_deadline(cpu),
-            hv.sched.turn_ends(hv, cpu),
-        ]
-        .into_iter()
-        .flatten()
-        .min();
-        hv.timers.arm(hv, cpu, deadline);
+        quiet = false;
 
         me.in_guest.store(tag, Ordering::SeqCst);
         let epoch = d.flush_epoch.load(Ordering::SeqCst);
@@ -138,6 +146,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
         }
         match exit::handle(&mut cx, exit) {
             Next::Resume => {}
+            Next::Quiet => quiet = true,
             Next::Yield => {
                 hv.sched.yield_turn(hv, cpu);
                 break;
@@ -154,20 +163,11 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
             }
         }
     }
-    let mut cx = Cx {
-        hv,
-        dom: d,
-        vcpu: v,
-        st: &mut guard,
-    };
     crate::time::scheduled_out(&mut cx);
     cx.st.hw.unload();
     me.last_domain.store(0, Ordering::Relaxed);
     if !v.runnable()
-        && let Some(at) = [cx.st.next_deadline(), exit::apic::deadline(cx.st, hv)]
-            .into_iter()
-            .flatten()
-            .min()
+        && let Some(at) = sooner(cx.st.next_deadline(), exit::apic::deadline(cx.st, hv))
     {
         hv.timers.insert(hv, cpu, v, at);
     }

@@ -26,6 +26,7 @@ use galvan_dom0_proto::errno::Errno;
 use crate::domain::Domain;
 use crate::hv::Hv;
 use crate::mm::PageRef;
+use crate::run::sooner;
 use crate::sched::SchedUnit;
 use crate::timer::TimerSlot;
 
@@ -145,6 +146,8 @@ pub struct VcpuState {
     pub flush_epoch: u64,
     /// Instruction fetch cache of the exit path.
     pub icache: crate::exit::insn::InsnCache,
+    /// Walks of its page tables.
+    pub walks: crate::walk_cache::WalkCache,
     /// What is added to the host's TSC for the guest.
     pub tsc_offset: u64,
     /// The time has been written at least once: where the TSC is stable, it is right for ever.
@@ -222,6 +225,7 @@ impl Vcpu {
                 msrs: Default::default(),
                 flush_epoch: 0,
                 icache: Default::default(),
+                walks: Default::default(),
                 tsc_offset: 0,
                 time_written: false,
             }),
@@ -355,14 +359,9 @@ impl Vcpu {
 impl VcpuState {
     /// The earliest deadline at which the vCPU has to look after its timers.
     pub fn next_deadline(&self) -> Option<u64> {
-        [
-            self.timers.singleshot,
-            self.timers.periodic.map(|(_, at)| at),
-            self.timers.poll,
-        ]
-        .into_iter()
-        .flatten()
-        .min()
+        let t = &self.timers;
+        let events = sooner(t.singleshot, t.periodic.map(|(_, at)| at));
+        sooner(events, t.poll)
     }
 
     /// Puts the vCPU into a start state; nothing of what it was doing is left.

@@ -10,10 +10,11 @@
 //! loop calls with no lock held but that of the vCPU it runs. So no lock needs an interrupt-disabling variant.
 
 use alloc::boxed::Box;
+use core::cell::Cell;
 use core::fmt::{self, Debug};
 
 use crate::exit::Exit;
-use crate::state::{ArchState, Event, Gprs, Seg, Segment};
+use crate::state::{ArchState, CR0_PG, CR4_PAE, CR4_PSE, EFER_LMA, Event, Gprs, Seg, Segment};
 use crate::{Dfn, Mfn, Mpa, PageOrder};
 
 /// A physical CPU, numbered from 0 (the boot CPU) without gaps.
@@ -71,6 +72,13 @@ pub trait HostMem: Sync {
     fn and_u32(&self, m: Mfn, off: usize, mask: u32) -> Result<u32, MemFault>;
     /// Swaps a byte; gives the value before (SeqCst).
     fn swap_u8(&self, m: Mfn, off: usize, v: u8) -> Result<u8, MemFault>;
+    /// Whether each of these aligned u64 has this value.
+    fn all_equal(&self, words: &[Cell<(Mpa, u64)>]) -> bool {
+        words.iter().all(|w| {
+            let (at, v) = w.get();
+            self.load_u64(at.frame(), at.offset()) == Ok(v)
+        })
+    }
 }
 
 /// Conversion from TSC ticks to nanoseconds as pvclock expresses it:
@@ -224,6 +232,22 @@ pub struct MsiTarget {
     pub address: u64,
     /// Message data.
     pub data: u32,
+}
+
+/// How linear addresses are translated (AMD APM "Page Translation and Protection"; Intel SDM
+/// "Paging").
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PagingMode {
+    /// Not at all.
+    Off,
+    /// 32-bit paging with pages of 4 KiB.
+    Legacy,
+    /// 32-bit paging with pages of 4 KiB and 4 MiB.
+    LegacyPse,
+    /// PAE paging.
+    Pae,
+    /// Four levels.
+    Long,
 }
 
 /// What a virtual processor is made for.
@@ -415,6 +439,49 @@ pub trait HwVcpu: Send + Debug {
     /// The attributes of CS alone, which every step over an instruction asks for.
     fn code_attributes(&self) -> u16 {
         self.segment(Seg::Cs).attr
+    }
+    /// The linear address of the instruction pointer, not cut to the width of the code, and CR3.
+    fn code_address(&self) -> (u64, u64) {
+        let base = if self.runs_long() { 0 } else { self.segment(Seg::Cs).base };
+        (base.wrapping_add(self.rip()), self.cr(3))
+    }
+    /// Whether it executes 64-bit code.
+    fn runs_long(&self) -> bool {
+        self.code_attributes() & Segment::LONG != 0 && self.efer() & EFER_LMA != 0
+    }
+    /// How the guest's page tables are walked, and CR3.
+    fn paging(&self) -> (PagingMode, u64) {
+        let mode = if self.cr(0) & CR0_PG == 0 {
+            PagingMode::Off
+        } else if self.efer() & EFER_LMA != 0 {
+            PagingMode::Long
+        } else {
+            match self.cr(4) {
+                v if v & CR4_PAE != 0 => PagingMode::Pae,
+                v if v & CR4_PSE != 0 => PagingMode::LegacyPse,
+                _ => PagingMode::Legacy,
+            }
+        };
+        (mode, self.cr(3))
+    }
+    /// Whether it executes 64-bit code, and at which privilege level.
+    fn caller(&self) -> (bool, u8) {
+        (self.runs_long(), self.cpl())
+    }
+    /// Moves the instruction pointer beyond an instruction of so many bytes, as far as the width of
+    /// the code goes; ends an interrupt shadow. Gives the flags.
+    fn step_over(&mut self, len: u8) -> u64 {
+        let (cs, rip) = (self.code_attributes(), self.rip());
+        let next = rip.wrapping_add(len.into());
+        self.set_rip(if cs & Segment::LONG != 0 {
+            next
+        } else if cs & Segment::DEFAULT_32 != 0 || rip > 0xffff {
+            // Beyond 64 KiB a 16-bit segment has a limit that its guest has enlarged.
+            next & 0xffff_ffff
+        } else {
+            next & 0xffff
+        });
+        self.rflags()
     }
     /// Privilege level.
     fn cpl(&self) -> u8;

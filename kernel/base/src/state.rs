@@ -101,6 +101,13 @@ pub struct Segment {
     pub base: u64,
 }
 
+impl Segment {
+    /// [`Segment::attr`] of code: 64-bit, in long mode.
+    pub const LONG: u16 = 1 << 9;
+    /// [`Segment::attr`] of code: operands and addresses have 32 bits.
+    pub const DEFAULT_32: u16 = 1 << 10;
+}
+
 /// The segment registers and descriptor-table registers.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]

@@ -27,8 +27,7 @@ pub fn cpuid(cx: &mut Cx<'_>, len: u8) -> Next {
     let [a, b, c, d] = lookup(cx, leaf, subleaf);
     let r = &mut cx.st.regs;
     [r.rax, r.rbx, r.rcx, r.rdx] = [a, b, c, d].map(u64::from);
-    insn::advance(cx, len);
-    Next::Resume
+    insn::advance_quietly(cx, len)
 }
 
 /// What the guest sees of a leaf now.

@@ -6,10 +6,8 @@
 //!
 //! (AMD APM volume 2 "State Saved on Exit": nRIP; Intel SDM "VM-Exit Instruction Length".)
 
-use core::sync::atomic::Ordering;
-
-use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg};
-use galvan_base::{Gpa, Mfn, PAGE_SIZE};
+use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
+use galvan_base::{Gpa, Mfn, PAGE_SIZE, Platform};
 
 use super::Next;
 use crate::emulate::{Bits, Code, DecodeError, Flags, MAX_LEN, Rep, Stop};
@@ -45,8 +43,8 @@ pub enum Kind {
 /// Lengths of instructions that exited before.
 ///
 /// An entry is found by the instruction's linear address and CR3, and used only if the same bytes
-/// are still at its machine address. That address is the guest's for as long as no translation was
-/// taken from the domain, which moves its flush epoch. So a guest that changes its code is seen;
+/// are still at its machine address. That address is the guest's for as long as no RAM was taken
+/// from the domain, which moves the epoch of its p2m. So a guest that changes its code is seen;
 /// only one that maps another page at the same address under the same CR3, with the same
 /// instruction in a form of another length there, is not, and then harms nobody but itself.
 #[derive(Debug, Default)]
@@ -71,6 +69,29 @@ struct Slot {
     bytes: [u8; CACHED_LEN],
 }
 
+impl Slot {
+    /// Whether the bytes are still there. One load, two where they lie in two words.
+    #[inline]
+    fn is_unchanged(&self, hw: &dyn Platform) -> bool {
+        let m = Mfn::new_truncate(self.mfn);
+        let at = usize::from(self.off);
+        let shift = (at % 8) as u32 * 8;
+        let bits = u32::from(self.len) * 8;
+        let Ok(low) = hw.load_u64(m, at & !7) else {
+            return false;
+        };
+        let mut now = low >> shift;
+        if shift + bits > 64 {
+            // Cached instructions lie in one page.
+            let Ok(high) = hw.load_u64(m, (at & !7) + 8) else {
+                return false;
+            };
+            now |= high << (64 - shift);
+        }
+        (now as u32 ^ u32::from_le_bytes(self.bytes)) << (32 - bits.min(32)) == 0
+    }
+}
+
 fn slot_of(linear: u64) -> usize {
     (linear ^ linear >> 4 ^ linear >> 12) as usize % SLOTS
 }
@@ -85,21 +106,16 @@ pub fn length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<u8> {
     if given != 0 {
         return Some(given);
     }
-    let hw = &cx.st.hw;
-    let linear = hw.segment(Seg::Cs).base.wrapping_add(hw.rip());
-    let epoch = cx.dom.flush_epoch.load(Ordering::Acquire);
+    let (linear, cr3) = cx.st.hw.code_address();
+    let epoch = cx.dom.p2m.ram_epoch();
     if let Some(s) = cx.st.icache.slots.get(slot_of(linear))
         && s.linear == linear
         && s.kind == kind as u8
         && s.epoch == epoch
-        && s.cr3 == hw.cr(3)
+        && s.cr3 == cr3
+        && s.is_unchanged(cx.hv.hw)
     {
-        let mut now = [0; CACHED_LEN];
-        let (now, then) = (now.get_mut(..s.len.into())?, s.bytes.get(..s.len.into())?);
-        let m = Mfn::new_truncate(s.mfn);
-        if cx.hv.hw.read(m, s.off.into(), now).is_ok() && now == then {
-            return Some(s.len);
-        }
+        return Some(s.len);
     }
     look(cx, kind, linear, epoch)
 }
@@ -140,8 +156,9 @@ fn remember(cx: &mut Cx<'_>, kind: Kind, key: u64, epoch: u64, len: u8, bytes: [
     let Ok(gpa) = cx.translate(linear, false) else {
         return;
     };
-    let Ok(page) = cx.dom.p2m.get_page(gpa.frame(), Want::Read) else {
-        return;
+    let page = match cx.dom.p2m.get_page(gpa.frame(), Want::Read) {
+        Ok(page) if page.ty() == P2mType::Ram => page,
+        _ => return,
     };
     let cr3 = cx.st.hw.cr(3);
     if let Some(s) = cx.st.icache.slots.get_mut(slot_of(key)) {
@@ -193,13 +210,19 @@ fn match_kind(bytes: &[u8], bits: Bits, kind: Kind) -> Result<u8, DecodeError> {
 /// and RFLAGS.RF go, and a guest that single-steps gets its #DB.
 #[inline]
 pub fn advance(cx: &mut Cx<'_>, len: u8) {
-    let hw = &mut cx.st.hw;
-    let rip = hw.rip();
-    let next = wrap(hw.code_attributes(), rip, rip.wrapping_add(len.into()));
-    hw.set_rip(next);
-    if hw.rflags() & (Flags::TF | Flags::RF) != 0 {
+    if cx.st.hw.step_over(len) & (Flags::TF | Flags::RF) != 0 {
         completed(cx);
     }
+}
+
+/// [`advance`] after an instruction that changed nothing an entry depends on.
+#[inline]
+pub fn advance_quietly(cx: &mut Cx<'_>, len: u8) -> Next {
+    if cx.st.hw.step_over(len) & (Flags::TF | Flags::RF) != 0 {
+        completed(cx);
+        return Next::Resume;
+    }
+    Next::Quiet
 }
 
 /// Goes on at another instruction pointer after an instruction.
@@ -210,19 +233,8 @@ pub(super) fn jump(cx: &mut Cx<'_>, to: u64) {
     }
 }
 
-const LONG: u16 = 1 << 9;
-const DEFAULT_32: u16 = 1 << 10;
-
-fn wrap(cs: u16, from: u64, next: u64) -> u64 {
-    if cs & LONG != 0 {
-        next
-    } else if cs & DEFAULT_32 != 0 || from > 0xffff {
-        // Beyond 64 KiB a 16-bit segment has a limit that its guest has enlarged.
-        next & 0xffff_ffff
-    } else {
-        next & 0xffff
-    }
-}
+const LONG: u16 = Segment::LONG;
+const DEFAULT_32: u16 = Segment::DEFAULT_32;
 
 /// What follows an instruction under RFLAGS.TF or RF.
 #[cold]

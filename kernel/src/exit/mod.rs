@@ -25,6 +25,10 @@ mod tests;
 pub enum Next {
     /// It goes on.
     Resume,
+    /// It goes on, and what decides about the entry is as it was before the exit: the vCPU's own
+    /// timers and local APIC, whether it is halted, its interrupt flag and priority. What others
+    /// have changed meanwhile is seen nevertheless, since they say so ([`crate::vcpu::Vcpu::has_posted`]).
+    Quiet,
     /// It gives up its turn.
     Yield,
     /// It waits if it has a reason to.
@@ -43,6 +47,7 @@ pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
                     insn::advance(cx, len);
                     Next::Resume
                 }
+                After::Quiet => insn::advance_quietly(cx, len),
                 After::Again => Next::Resume,
                 After::Yield => {
                     insn::advance(cx, len);

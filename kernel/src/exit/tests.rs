@@ -12,6 +12,7 @@ use galvan_base::state::{
 use galvan_base::testing::{FakeMachine, FakeVcpu};
 use galvan_base::{Gfn, Gpa, Mpa, PageOrder};
 use galvan_devices::vlapic::{ApicAddress, MMIO_BASE};
+use galvan_dom0_proto::errno::Errno;
 
 use super::*;
 use crate::cpu_policy::{HostPolicy, Setup, Virt};
@@ -232,12 +233,12 @@ fn an_instruction_without_a_given_length_is_measured_in_memory() {
         &[0x66, 0x2e, 0xf3, 0x4f, 0x0f, 0xa2],
     ] {
         s.code(code);
-        assert_eq!(s.exit(Exit::Cpuid(0)), Next::Resume);
+        assert_eq!(s.exit(Exit::Cpuid(0)), Next::Quiet);
         assert_eq!(s.rip(), CODE + code.len() as u64);
     }
     // Where the processor tells it, memory is not looked at.
     s.code(&[0x90]);
-    assert_eq!(s.exit(Exit::Cpuid(7)), Next::Resume);
+    assert_eq!(s.exit(Exit::Cpuid(7)), Next::Quiet);
     assert_eq!(s.rip(), CODE + 7);
 }
 
@@ -272,6 +273,94 @@ fn a_length_is_forgotten_when_the_frame_is_taken() {
     s.code(&[0x2e, 0xf4]);
     let _ = s.exit(Exit::Hlt(0));
     assert_eq!(s.rip(), CODE + 2);
+}
+
+#[test]
+fn an_instruction_is_measured_in_the_words_it_lies_in() {
+    let s = Setting::new();
+    // In every place of a word, across words, and with other bytes behind it.
+    for at in (CODE..CODE + 17).chain([CODE + 0xffd]) {
+        s.code_at(at, &[0x48, 0x0f, 0xa2]);
+        for _ in 0..2 {
+            s.hw(1, 0).with_state(|st| st.rip = at);
+            assert_eq!(s.exit(Exit::Cpuid(0)), Next::Quiet);
+            assert_eq!(s.rip(), at + 3);
+        }
+        // Its last byte decides as well as its first.
+        s.code_at(at, &[0x48, 0x0f, 0x32]);
+        s.hw(1, 0).with_state(|st| st.rip = at);
+        assert_eq!(s.exit(Exit::Cpuid(0)), Next::Resume);
+        assert_eq!(s.rip(), at);
+    }
+}
+
+#[test]
+fn a_walk_is_used_again_only_while_the_tables_say_the_same() {
+    let s = Setting::new();
+    let (entry, at) = (LOW_TABLE + 9 * 8, CODE + 0x1000);
+    let other = CODE + 0x2000;
+    s.w.put(1, at, &1u64);
+    s.w.put(1, other, &2u64);
+    let get = || s.w.with_cx(1, 0, |cx| cx.get::<u64>(at));
+    let put = |v: u64| s.w.with_cx(1, 0, |cx| cx.put(at, &v));
+    for _ in 0..2 {
+        assert_eq!(get(), Ok(1));
+    }
+    // The guest maps another page there, and flushes nothing.
+    s.w.put(1, entry, &(other | PRESENT | 2));
+    assert_eq!(get(), Ok(2));
+    for v in [7, 8] {
+        assert_eq!(put(v), Ok(()));
+        assert_eq!(s.w.get::<u64>(1, other), v);
+    }
+    // Taking the right to write away, or the whole page, is seen too; the dirty bit is set again.
+    s.w.put(1, entry, &(other | PRESENT));
+    assert_eq!(put(9), Err(Errno::EFAULT));
+    assert_eq!(get(), Ok(8));
+    s.w.put(1, entry, &(other | PRESENT | 2));
+    assert_eq!(put(9), Ok(()));
+    assert_eq!(s.w.get::<u64>(1, entry) & 0x60, 0x60);
+    s.w.put(1, entry, &0u64);
+    assert_eq!(get(), Err(Errno::EFAULT));
+}
+
+#[test]
+fn a_walk_is_forgotten_when_the_page_or_a_table_is_taken_or_changes_its_type() {
+    let s = Setting::new();
+    let at = CODE + 0x1000;
+    let d = s.w.dom(1).clone();
+    s.w.put(1, at, &1u64);
+    let get = || s.w.with_cx(1, 0, |cx| cx.get::<u64>(at));
+    let put = |v: u64| s.w.with_cx(1, 0, |cx| cx.put(at, &v));
+    assert_eq!((get(), put(2), get()), (Ok(1), Ok(()), Ok(2)));
+
+    let gfn = Gfn::new_truncate(at >> 12);
+    let held = s.w.hv.frames.refs(s.w.mfn(1, at >> 12));
+    let retype = |to| {
+        let mut c = d.p2m.changes();
+        c.retype(&mut (gfn..Gfn::new_truncate(gfn.get() + 1)), &mut crate::p2m::Budget::new(4), |_| Some(to)).unwrap();
+        d.finish(s.w.hv, c);
+    };
+    retype(P2mType::LogDirty);
+    assert_eq!((get(), put(3)), (Ok(2), Ok(())));
+    assert_eq!(d.p2m.lookup(gfn).ty, P2mType::Ram, "the write was noticed");
+    retype(P2mType::RamRo);
+    assert_eq!((get(), put(4)), (Ok(3), Err(Errno::EFAULT)));
+    retype(P2mType::Ram);
+    assert_eq!((put(5), get()), (Ok(()), Ok(5)));
+    assert_eq!(s.w.hv.frames.refs(s.w.mfn(1, at >> 12)), held, "no hold was left behind");
+
+    let take = |gfn| {
+        let mut c = d.p2m.changes();
+        c.remove_one(gfn).unwrap();
+        d.finish(s.w.hv, c);
+    };
+    take(gfn);
+    assert_eq!((get(), put(6)), (Err(Errno::EFAULT), Err(Errno::EFAULT)));
+    s.w.add_frame(&d, gfn);
+    assert_eq!((get(), put(7), get()), (Ok(0), Ok(()), Ok(7)));
+    take(Gfn::new_truncate(LOW_TABLE >> 12));
+    assert_eq!(get(), Err(Errno::EFAULT));
 }
 
 #[test]

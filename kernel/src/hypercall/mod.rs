@@ -6,7 +6,6 @@
 //! 64-bit callers pass the number in rax and arguments in rdi, rsi, rdx, r10, r8; 32-bit callers in
 //! eax and ebx, ecx, edx, esi, edi (public `arch-x86/xen-x86_64.h`, `xen-x86_32.h`).
 
-use galvan_base::state::Seg;
 use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::xen as nr;
 
@@ -104,6 +103,8 @@ pub fn log_unknown(cx: &Cx<'_>, what: &str, number: u64, sub: u64) {
 pub enum After {
     /// Step over the instruction and go on.
     Next,
+    /// The same, after a call that touched nothing an entry depends on.
+    Quiet,
     /// Execute the instruction again.
     Again,
     /// Step over it, then give up the turn.
@@ -115,7 +116,7 @@ pub enum After {
 /// A hypercall instruction was executed: fetches number and arguments from the registers and puts
 /// the result there.
 pub fn from_registers(cx: &mut Cx<'_>) -> After {
-    let long = cx.st.hw.efer() & galvan_base::state::EFER_LMA != 0 && cx.st.hw.segment(Seg::Cs).attr & (1 << 9) != 0;
+    let (long, cpl) = cx.st.hw.caller();
     let r = &cx.st.regs;
     let (number, args) = if long {
         (r.rax, [r.rdi, r.rsi, r.rdx, r.r10, r.r8])
@@ -123,18 +124,19 @@ pub fn from_registers(cx: &mut Cx<'_>) -> After {
         let low = |v: u64| v & 0xffff_ffff;
         (low(r.rax), [low(r.rbx), low(r.rcx), low(r.rdx), low(r.rsi), low(r.rdi)])
     };
-    let result = if cx.st.hw.cpl() != 0 {
+    let result = if cpl != 0 {
         Err(Errno::EPERM)
     } else if long {
         dispatch(cx, number, args)
     } else {
         compat(cx, number, args)
     };
+    let done = if is_quiet(number) { After::Quiet } else { After::Next };
     let (value, after) = match result {
-        Ok(Outcome::Done(v)) => (v, After::Next),
+        Ok(Outcome::Done(v)) => (v, done),
         Ok(Outcome::Yield(v)) => (v, After::Yield),
         Ok(Outcome::Block(v)) => (v, After::Block),
-        Err(e) => (e.as_ret(), After::Next),
+        Err(e) => (e.as_ret(), done),
         Ok(Outcome::Again(a)) => {
             let r = &mut cx.st.regs;
             if long {
@@ -147,6 +149,19 @@ pub fn from_registers(cx: &mut Cx<'_>) -> After {
     };
     cx.st.regs.rax = if long { value } else { value & 0xffff_ffff };
     after
+}
+
+/// Calls that leave the caller's timers, local APIC and halting alone, whatever else they do: events
+/// reach it by way of what is posted to it, as they would from elsewhere.
+const QUIET: u64 = 1 << nr::HYPERVISOR_XEN_VERSION
+    | 1 << nr::HYPERVISOR_EVENT_CHANNEL_OP
+    | 1 << nr::HYPERVISOR_GRANT_TABLE_OP
+    | 1 << nr::HYPERVISOR_MEMORY_OP;
+
+/// Whether the call of this number is one of [`QUIET`], or none at all.
+#[inline]
+fn is_quiet(number: u64) -> bool {
+    number >= TABLE_LEN as u64 || QUIET & 1 << number != 0
 }
 
 /// Calls from 32-bit code. Those whose structures have the same layout for both widths are served;

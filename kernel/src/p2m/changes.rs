@@ -279,6 +279,7 @@ impl<'a> Changes<'a> {
                 .prepare(&p2m.pool, g, PageOrder::P4K, &mut self.flush)?;
         }
         self.replace(&mut inner, to, e.mfn, PageOrder::P4K, ty, false)?;
+        p2m.ram_leaves();
         if let Some(io) = p2m.iommu() {
             // Should this fail the frame is seen by the domain's devices at both places, and is the
             // domain's at both.
@@ -354,6 +355,9 @@ impl<'a> Changes<'a> {
                     return None;
                 }
                 let new = f(old).filter(|n| n.is_owned() && *n != old)?;
+                if old == P2mType::Ram {
+                    p2m.ram_leaves();
+                }
                 if whole
                     && old.dma() != new.dma()
                     && let Some(io) = io
@@ -541,6 +545,9 @@ impl<'a> Changes<'a> {
             let n = part(at, e.order, end);
             if old.is_grant() && !grants {
                 return Err(P2mError::Busy);
+            }
+            if old == P2mType::Ram {
+                p2m.ram_leaves();
             }
             if old.is_owned() || old.is_ref() {
                 self.part_with(e.mfn, n, old.is_owned())?;

@@ -264,6 +264,12 @@ pub struct Page {
 }
 
 impl Page {
+    /// A page of type [`P2mType::Ram`] that is held already.
+    #[inline]
+    pub(crate) fn of_ram(frame: PageRef) -> Page {
+        Page { frame, ty: P2mType::Ram }
+    }
+
     /// The frame.
     #[inline]
     pub fn mfn(&self) -> Mfn {
@@ -312,6 +318,9 @@ pub struct P2m {
     hw: &'static dyn Platform,
     pool: TablePool,
     max_gfn: AtomicU64,
+    /// Moves whenever an entry of type `Ram` goes or changes, before the frame is let go of.
+    /// Changed under the lock.
+    ram_epoch: AtomicU64,
     inner: RankedRwLock<Inner, { rank::P2M }>,
 }
 
@@ -340,6 +349,7 @@ impl P2m {
             hw,
             pool,
             max_gfn: AtomicU64::new(0),
+            ram_epoch: AtomicU64::new(0),
             inner: RankedRwLock::new(Inner {
                 table,
                 cursor: Gfn::new_truncate(0),
@@ -360,6 +370,26 @@ impl P2m {
     /// The highest guest frame that ever had anything.
     pub fn max_gfn(&self) -> Gfn {
         Gfn::new_truncate(self.max_gfn.load(Ordering::Relaxed))
+    }
+
+    /// As long as this stays the same, every guest frame that was of type [`P2mType::Ram`] is so still,
+    /// in the same frame of the machine. Whoever takes it away moves this first and drops the p2m's
+    /// reference on the frame afterwards, so that one who takes a reference and then finds this unmoved
+    /// has got it in time.
+    #[inline]
+    pub fn ram_epoch(&self) -> u64 {
+        self.ram_epoch.load(Ordering::SeqCst)
+    }
+
+    #[inline]
+    fn ram_leaves(&self) {
+        self.ram_epoch.fetch_add(1, Ordering::SeqCst);
+    }
+
+    /// The machine's memory.
+    #[inline]
+    pub(crate) fn frames(&self) -> &'static FrameTable {
+        self.frames
     }
 
     /// How many pages the tables take.

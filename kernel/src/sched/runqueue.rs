@@ -628,6 +628,13 @@ impl<E: Entity> RunQueues<E> {
         self.turn_over(cpu, now)
     }
 
+    /// Whether [`RunQueues::must_yield`] may have something to do: one load while nobody else waits
+    /// for the CPU.
+    #[inline]
+    pub fn may_have_to_yield(&self, cpu: CpuId) -> bool {
+        self.look_at(cpu).is_some()
+    }
+
     #[cold]
     fn turn_over(&self, cpu: CpuId, now: u64) -> (bool, CpuSet) {
         let mut kicks = CpuSet::EMPTY;

@@ -104,10 +104,13 @@ impl Scheduler {
     /// the CPU.
     #[inline]
     pub fn must_yield(&self, hv: Hv, cpu: CpuId) -> bool {
+        self.0.may_have_to_yield(cpu) && self.turn_over(hv, cpu)
+    }
+
+    #[cold]
+    fn turn_over(&self, hv: Hv, cpu: CpuId) -> bool {
         let (over, kicks) = self.0.must_yield(cpu, || hv.hw.now_ns());
-        if !kicks.is_empty() {
-            kick(hv, kicks);
-        }
+        kick(hv, kicks);
         over
     }
 

@@ -1,0 +1,199 @@
+//! Walks of the guest's page tables that a vCPU's hypercalls and emulated instructions have needed
+//! before.
+//!
+//! A walk reads up to four entries, each in a page that is looked up in the p2m, and then the page it
+//! leads to is looked up as well. [`WalkCache`] remembers for a few pages where in the machine's memory
+//! the entries lie, what they said, and which frame came of them. That is used again only if
+//! - it is the same kind of access, under the same CR3 and paging mode;
+//! - each entry, read again, still says the same: a guest that changes its tables is noticed at once,
+//!   whether it flushes its TLB or not;
+//! - no RAM has been taken out of the p2m or changed its type since before the walk
+//!   ([`crate::p2m::P2m::ram_epoch`]), so that the entries and the page still lie there.
+//!
+//! The last is looked at after a reference on the page has been taken and the entries have been read:
+//! whoever takes a frame away moves the epoch before letting go of it, so that either the reference
+//! was in time or the move is seen. Only walks through RAM and to RAM of the ordinary type are kept.
+//!
+//! Owned by the vCPU's state, used by [`crate::guest_access`].
+
+use core::cell::Cell;
+
+use galvan_base::hw::{HostMem, PagingMode};
+use galvan_base::{Gpa, Mfn, Mpa, PAGE_SIZE};
+
+use crate::guest_access::Access;
+use crate::mm::PageRef;
+use crate::p2m::P2m;
+
+const SLOTS: usize = 16;
+/// Entries of a walk.
+const LEVELS: usize = 4;
+
+/// What is asked for: the answer depends on nothing else but memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Query {
+    /// The linear address.
+    pub(crate) gva: u64,
+    /// CR3.
+    pub(crate) cr3: u64,
+    /// How it is walked.
+    pub(crate) mode: PagingMode,
+    /// The kind of access.
+    pub(crate) access: Access,
+}
+
+impl Query {
+    /// Never 0, so that an unused slot matches nothing.
+    #[inline]
+    fn key(&self) -> u32 {
+        1 << 16 | (self.mode as u32) << 8 | u32::from(self.access.bits())
+    }
+
+    #[inline]
+    fn slot(&self) -> usize {
+        let page = self.gva >> 12;
+        (page ^ page >> 4 ^ page >> 9 ^ u64::from(self.access.bits() << 1)) as usize % SLOTS
+    }
+}
+
+/// A walk in progress: the entries it has gone through.
+#[derive(Debug)]
+pub(crate) struct Trail {
+    epoch: u64,
+    len: usize,
+    /// Machine address and value of each.
+    entries: [(Mpa, u64); LEVELS],
+    keep: bool,
+}
+
+impl Trail {
+    /// Begins one. `keep` is false if it is not to be remembered.
+    #[inline]
+    pub(crate) fn new(p2m: &P2m, keep: bool) -> Trail {
+        Trail {
+            epoch: p2m.ram_epoch(),
+            len: 0,
+            entries: [(Mpa::new_truncate(0), 0); LEVELS],
+            keep,
+        }
+    }
+
+    /// Goes through an entry at a machine address, which says this. `plain` is false if it does not
+    /// lie in ordinary RAM.
+    #[inline]
+    pub(crate) fn step(&mut self, at: Mpa, value: u64, plain: bool) {
+        self.keep &= plain;
+        match self.entries.get_mut(self.len) {
+            Some(e) => *e = (at, value),
+            None => self.keep = false,
+        }
+        self.len += 1;
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    key: Cell<u32>,
+    len: Cell<u8>,
+    page: Cell<u64>,
+    cr3: Cell<u64>,
+    epoch: Cell<u64>,
+    /// Guest physical address of the page.
+    gpa: Cell<u64>,
+    /// Its frame, if it is ordinary RAM that has been looked up for this access.
+    mfn: Cell<Option<Mfn>>,
+    entries: [Cell<(Mpa, u64)>; LEVELS],
+}
+
+impl Default for Slot {
+    fn default() -> Self {
+        Slot {
+            key: Cell::new(0),
+            len: Cell::new(0),
+            page: Cell::new(0),
+            cr3: Cell::new(0),
+            epoch: Cell::new(0),
+            gpa: Cell::new(0),
+            mfn: Cell::new(None),
+            entries: [const { Cell::new((Mpa::new_truncate(0), 0)) }; LEVELS],
+        }
+    }
+}
+
+impl Slot {
+    #[inline]
+    fn is_for(&self, q: &Query) -> bool {
+        self.page.get() == q.gva >> 12 && self.key.get() == q.key() && self.cr3.get() == q.cr3
+    }
+
+    /// Whether the walk would go the same way now. What the caller has taken hold of before is what
+    /// it would lead to.
+    #[inline]
+    fn holds(&self, mem: &dyn HostMem, p2m: &P2m) -> bool {
+        let Some(walked) = self.entries.get(..self.len.get().into()) else {
+            return false;
+        };
+        mem.all_equal(walked) && p2m.ram_epoch() == self.epoch.get()
+    }
+
+    #[inline]
+    fn gpa(&self, q: &Query) -> Gpa {
+        Gpa::new_truncate(self.gpa.get() | q.gva & (PAGE_SIZE as u64 - 1))
+    }
+}
+
+/// The walks of one vCPU that are remembered.
+#[derive(Debug, Default)]
+pub struct WalkCache {
+    slots: [Slot; SLOTS],
+}
+
+impl WalkCache {
+    /// Where an address leads, if that is known.
+    #[inline]
+    pub(crate) fn address(&self, mem: &dyn HostMem, p2m: &P2m, q: &Query) -> Option<Gpa> {
+        let s = self.slots.get(q.slot())?;
+        (s.is_for(q) && s.holds(mem, p2m)).then(|| s.gpa(q))
+    }
+
+    /// Where an address leads and a hold on the page there, of ordinary RAM, if that is known.
+    #[inline]
+    pub(crate) fn page(&self, mem: &dyn HostMem, p2m: &P2m, q: &Query) -> Option<(Gpa, PageRef)> {
+        let s = self.slots.get(q.slot())?;
+        if !s.is_for(q) {
+            return None;
+        }
+        let page = PageRef::take(p2m.frames(), s.mfn.get()?).ok()?;
+        s.holds(mem, p2m).then(|| (s.gpa(q), page))
+    }
+
+    /// Remembers where a walk led.
+    pub(crate) fn keep(&self, q: &Query, t: &Trail, gpa: Gpa) {
+        if !t.keep {
+            return;
+        }
+        if let Some(s) = self.slots.get(q.slot()) {
+            s.key.set(q.key());
+            s.len.set(t.len as u8);
+            s.page.set(q.gva >> 12);
+            s.cr3.set(q.cr3);
+            s.epoch.set(t.epoch);
+            s.gpa.set(gpa.get() & !(PAGE_SIZE as u64 - 1));
+            s.mfn.set(None);
+            for (to, from) in s.entries.iter().zip(t.entries) {
+                to.set(from);
+            }
+        }
+    }
+
+    /// The page to which the walk for `q` leads, which is there, is ordinary RAM in this frame, found
+    /// in the p2m after the walk.
+    pub(crate) fn keep_frame(&self, q: &Query, gpa: Gpa, mfn: Mfn) {
+        if let Some(s) = self.slots.get(q.slot())
+            && s.is_for(q)
+            && s.gpa(q) == gpa
+        {
+            s.mfn.set(Some(mfn));
+        }
+    }
+}
