@@ -215,7 +215,10 @@ impl Table {
             return Err(Error::Unaligned);
         }
         self.reach(env, gfn, level)?;
-        pending.reserve()?;
+        // Single pages never stand in the place of a table.
+        if level > 0 {
+            pending.reserve()?;
+        }
         Ok(())
     }
 
@@ -428,8 +431,8 @@ impl Table {
         let mut at = ROOT;
         loop {
             let raw = ours(mem.load_u64(table, offset(gfn, at)));
-            match self.format.decode(raw, at) {
-                Slot::Table(next) if at > level => {
+            match self.format.next(raw, at) {
+                Some(next) if at > level => {
                     table = next;
                     at -= 1;
                 }
@@ -457,7 +460,7 @@ impl Table {
         for at in (level + 1..=ROOT).rev() {
             let off = offset(gfn, at);
             let mut raw = ours(mem.load_u64(table, off));
-            if let Slot::Table(next) = self.format.decode(raw, at) {
+            if let Some(next) = self.format.next(raw, at) {
                 table = next;
                 continue;
             }
@@ -506,12 +509,17 @@ impl Table {
         new: u64,
         pending: &mut PendingFlush,
     ) -> Result<(), Error> {
-        if new == 0 && self.walk(env.mem(), gfn, level).raw == 0 {
+        let place = self.walk(env.mem(), gfn, level);
+        if new == 0 && place.raw == 0 {
             return Ok(());
         }
-        let table = self.reach(env, gfn, level)?;
         let off = offset(gfn, level);
-        let old = ours(env.mem().load_u64(table, off));
+        let (table, old) = if place.level == level {
+            (place.table, place.raw)
+        } else {
+            let table = self.reach(env, gfn, level)?;
+            (table, ours(env.mem().load_u64(table, off)))
+        };
         let subtree = match self.format.decode(old, level) {
             Slot::Table(t) => {
                 pending.reserve()?;
@@ -534,6 +542,9 @@ impl Table {
     /// before it faults. An IOMMU may refuse it by what it has cached. No TLB keeps what is not
     /// present.
     fn takes_away(&self, old: u64, new: u64, level: u8) -> bool {
+        if old == 0 {
+            return false;
+        }
         match (
             self.format.decode(old, level),
             self.format.decode(new, level),

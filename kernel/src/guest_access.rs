@@ -8,7 +8,7 @@
 use alloc::sync::Arc;
 
 use galvan_base::hw::PagingMode;
-use galvan_base::{Gfn, Gpa, Mpa, PAGE_SIZE};
+use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE};
 use galvan_dom0_proto::errno::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -111,7 +111,7 @@ impl Cx<'_> {
 
     /// The page at a guest virtual address, held for an access that the hypervisor makes on behalf of
     /// the guest's supervisor, and the guest physical address.
-    fn reach(&self, gva: u64, want: Want) -> Result<(Gpa, Page), WalkFault> {
+    pub(crate) fn reach(&self, gva: u64, want: Want) -> Result<(Gpa, Page), WalkFault> {
         let access = match want {
             Want::Read => Access::empty(),
             Want::Write => Access::WRITE,
@@ -147,7 +147,7 @@ impl Cx<'_> {
             PagingMode::Pae => {
                 // The four PDPTEs have neither W nor A (Intel SDM "PAE Paging").
                 let pdpte_at = (cr3 & 0xffff_ffe0) + ((gva >> 30) & 3) * 8;
-                let (pdpte, at, plain) = self.load(pdpte_at, 8)?;
+                let (pdpte, at, plain) = self.load(pdpte_at, 8, &mut trail)?;
                 if pdpte & PTE_P == 0 {
                     return Err(WalkFault::PageFault { present: false });
                 }
@@ -157,7 +157,7 @@ impl Cx<'_> {
             PagingMode::LegacyPse => self.walk(cr3 & 0xffff_f000, &LEGACY_PSE, q, &mut trail),
             PagingMode::Legacy => self.walk(cr3 & 0xffff_f000, &LEGACY, q, &mut trail),
         }?;
-        self.st.walks.keep(q, &trail, gpa);
+        self.st.walks.keep(&self.dom.p2m, q, &trail, gpa);
         Ok(gpa)
     }
 
@@ -168,7 +168,7 @@ impl Cx<'_> {
         for (i, level) in mode.levels.iter().enumerate() {
             let index = (gva >> level.shift) & level.mask;
             let at = table + index * mode.entry;
-            let (pte, entry_at, plain) = self.load(at, mode.entry)?;
+            let (pte, entry_at, plain) = self.load(at, mode.entry, trail)?;
             if pte & PTE_P == 0 {
                 return Err(WalkFault::PageFault { present: false });
             }
@@ -213,8 +213,9 @@ impl Cx<'_> {
     }
 
     /// An entry, where in the machine's memory it is, and whether that is ordinary RAM.
-    fn load(&self, gpa: u64, size: u64) -> Result<(u64, Mpa, bool), WalkFault> {
+    fn load(&self, gpa: u64, size: u64, trail: &mut Trail) -> Result<(u64, Mpa, bool), WalkFault> {
         let a = Gpa::new_truncate(gpa);
+        trail.table(&self.dom.p2m, a.frame());
         let page = self
             .dom
             .p2m
@@ -275,15 +276,40 @@ impl Cx<'_> {
     }
 
     /// Reads one value.
+    #[inline]
     pub fn get<T: FromBytes + IntoBytes>(&self, gva: u64) -> Result<T, Errno> {
         let mut v = T::new_zeroed();
-        self.read_bytes(gva, v.as_mut_bytes())?;
+        let hw = self.hv.hw;
+        let read = self.at_once(gva, size_of::<T>(), Access::empty(), |m, off| {
+            hw.read(m, off, v.as_mut_bytes())
+        });
+        if read != Some(Ok(())) {
+            self.read_bytes(gva, v.as_mut_bytes())?;
+        }
         Ok(v)
     }
 
+    /// Calls `f` with the frame and offset of so many bytes at a guest virtual address, if it is known
+    /// where that leads and they lie in one page of ordinary RAM; see `WalkCache::with`.
+    #[inline(always)]
+    fn at_once<R>(&self, gva: u64, len: usize, a: Access, f: impl FnOnce(Mfn, usize) -> R) -> Option<R> {
+        if gva as usize % PAGE_SIZE > PAGE_SIZE - len.min(PAGE_SIZE) {
+            return None;
+        }
+        let q = self.query(gva, a);
+        self.st.walks.with(self.hv.hw, &self.dom.p2m, &q, f)
+    }
+
     /// Writes one value.
+    #[inline]
     pub fn put<T: IntoBytes + Immutable>(&self, gva: u64, v: &T) -> Result<(), Errno> {
-        self.write_bytes(gva, v.as_bytes())?;
+        let hw = self.hv.hw;
+        let written = self.at_once(gva, size_of::<T>(), Access::WRITE, |m, off| {
+            hw.write(m, off, v.as_bytes())
+        });
+        if written != Some(Ok(())) {
+            self.write_bytes(gva, v.as_bytes())?;
+        }
         Ok(())
     }
 
@@ -389,12 +415,18 @@ pub fn write_gpa(hv: Hv, d: &Domain, mut gpa: Gpa, mut buf: &[u8]) -> Result<(),
 }
 
 /// A page was written on the guest's behalf: if writes to it are to be noticed, this is one.
+#[inline(always)]
 pub(crate) fn written(hv: Hv, d: &Domain, g: Gfn, page: Page) {
     if page.is_logged() {
         drop(page);
-        if note_write(hv, d, g).is_err() {
-            log::warn!("d{}: a write to {g:?} was not noticed", d.id);
-        }
+        noticed(hv, d, g);
+    }
+}
+
+#[cold]
+fn noticed(hv: Hv, d: &Domain, g: Gfn) {
+    if note_write(hv, d, g).is_err() {
+        log::warn!("d{}: a write to {g:?} was not noticed", d.id);
     }
 }
 

@@ -7,23 +7,23 @@
 //! - it is the same kind of access, under the same CR3 and paging mode;
 //! - each entry, read again, still says the same: a guest that changes its tables is noticed at once,
 //!   whether it flushes its TLB or not;
-//! - no RAM has been taken out of the p2m or changed its type since before the walk
-//!   ([`crate::p2m::P2m::ram_epoch`]), so that the entries and the page still lie there.
+//! - none of the guest's frames involved has gone or changed its type in the p2m since before it was
+//!   looked up ([`crate::p2m::P2m::still`]), so that the entries and the page still lie there.
 //!
 //! The last is looked at after a reference on the page has been taken and the entries have been read:
-//! whoever takes a frame away moves the epoch before letting go of it, so that either the reference
-//! was in time or the move is seen. Only walks through RAM and to RAM of the ordinary type are kept.
+//! whoever takes a frame away says so before letting go of it, so that either the reference was in
+//! time or that is seen. Only walks through RAM and to RAM of the ordinary type are kept.
 //!
 //! Owned by the vCPU's state, used by [`crate::guest_access`].
 
 use core::cell::Cell;
 
 use galvan_base::hw::{HostMem, PagingMode};
-use galvan_base::{Gpa, Mfn, Mpa, PAGE_SIZE};
+use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE};
 
 use crate::guest_access::Access;
 use crate::mm::PageRef;
-use crate::p2m::P2m;
+use crate::p2m::{P2m, Stamp};
 
 const SLOTS: usize = 16;
 /// Entries of a walk.
@@ -59,7 +59,7 @@ impl Query {
 /// A walk in progress: the entries it has gone through.
 #[derive(Debug)]
 pub(crate) struct Trail {
-    epoch: u64,
+    stamp: Stamp,
     len: usize,
     /// Machine address and value of each.
     entries: [(Mpa, u64); LEVELS],
@@ -71,11 +71,17 @@ impl Trail {
     #[inline]
     pub(crate) fn new(p2m: &P2m, keep: bool) -> Trail {
         Trail {
-            epoch: p2m.ram_epoch(),
+            stamp: p2m.stamp(),
             len: 0,
             entries: [(Mpa::new_truncate(0), 0); LEVELS],
             keep,
         }
+    }
+
+    /// The table at a guest frame is to be looked up.
+    #[inline]
+    pub(crate) fn table(&mut self, p2m: &P2m, at: Gfn) {
+        p2m.watch(&mut self.stamp, at);
     }
 
     /// Goes through an entry at a machine address, which says this. `plain` is false if it does not
@@ -97,7 +103,7 @@ struct Slot {
     len: Cell<u8>,
     page: Cell<u64>,
     cr3: Cell<u64>,
-    epoch: Cell<u64>,
+    stamp: Cell<Stamp>,
     /// Guest physical address of the page.
     gpa: Cell<u64>,
     /// Its frame, if it is ordinary RAM that has been looked up for this access.
@@ -112,7 +118,7 @@ impl Default for Slot {
             len: Cell::new(0),
             page: Cell::new(0),
             cr3: Cell::new(0),
-            epoch: Cell::new(0),
+            stamp: Cell::default(),
             gpa: Cell::new(0),
             mfn: Cell::new(None),
             entries: [const { Cell::new((Mpa::new_truncate(0), 0)) }; LEVELS],
@@ -128,12 +134,12 @@ impl Slot {
 
     /// Whether the walk would go the same way now. What the caller has taken hold of before is what
     /// it would lead to.
-    #[inline]
+    #[inline(always)]
     fn holds(&self, mem: &dyn HostMem, p2m: &P2m) -> bool {
         let Some(walked) = self.entries.get(..self.len.get().into()) else {
             return false;
         };
-        mem.all_equal(walked) && p2m.ram_epoch() == self.epoch.get()
+        mem.all_equal(walked) && p2m.still(&self.stamp)
     }
 
     #[inline]
@@ -167,17 +173,39 @@ impl WalkCache {
         s.holds(mem, p2m).then(|| (s.gpa(q), page))
     }
 
-    /// Remembers where a walk led.
-    pub(crate) fn keep(&self, q: &Query, t: &Trail, gpa: Gpa) {
+    /// Calls `f` with the frame and the offset to which an address leads, if that is known and is
+    /// ordinary RAM. The page cannot go or change its type until `f` has returned, which it must soon
+    /// and without touching the p2m.
+    #[inline(always)]
+    pub(crate) fn with<R>(
+        &self,
+        mem: &dyn HostMem,
+        p2m: &P2m,
+        q: &Query,
+        f: impl FnOnce(Mfn, usize) -> R,
+    ) -> Option<R> {
+        let s = self.slots.get(q.slot())?;
+        if !s.is_for(q) {
+            return None;
+        }
+        let mfn = s.mfn.get()?;
+        let _held = p2m.hold();
+        s.holds(mem, p2m).then(|| f(mfn, q.gva as usize & (PAGE_SIZE - 1)))
+    }
+
+    /// Remembers where a walk led, before the page there is looked up.
+    pub(crate) fn keep(&self, p2m: &P2m, q: &Query, t: &Trail, gpa: Gpa) {
         if !t.keep {
             return;
         }
+        let mut stamp = t.stamp;
+        p2m.watch(&mut stamp, gpa.frame());
         if let Some(s) = self.slots.get(q.slot()) {
             s.key.set(q.key());
             s.len.set(t.len as u8);
             s.page.set(q.gva >> 12);
             s.cr3.set(q.cr3);
-            s.epoch.set(t.epoch);
+            s.stamp.set(stamp);
             s.gpa.set(gpa.get() & !(PAGE_SIZE as u64 - 1));
             s.mfn.set(None);
             for (to, from) in s.entries.iter().zip(t.entries) {

@@ -18,6 +18,9 @@ use galvan_base::state::Gprs;
 /// guest's run: so it is set around VMRUN, and only there. It is set early, because processors let
 /// STI's interrupt shadow seep into a guest whose VMRUN follows it at once.
 ///
+/// Of the registers only RBX, RBP and RSP are as they were when it returns, which a caller in
+/// assembly says: the compiler saves the others where it uses them and no second time here.
+///
 /// # Safety
 /// SVM is enabled, VM_HSAVE_PA set, the global interrupt flag clear; `vmcb` is a VMCB that confines
 /// its guest; `regs` is valid for reads and writes.
@@ -26,10 +29,6 @@ pub(crate) unsafe extern "sysv64" fn world_switch(regs: *mut Gprs, vmcb: u64) {
     naked_asm!(
         "push rbx",
         "push rbp",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
         "push rdi",
         "mov rax, rsi",
         "sti",
@@ -64,10 +63,6 @@ pub(crate) unsafe extern "sysv64" fn world_switch(regs: *mut Gprs, vmcb: u64) {
         "mov [rax + {r13}], r13",
         "mov [rax + {r14}], r14",
         "mov [rax + {r15}], r15",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
         "pop rbp",
         "pop rbx",
         "ret",

@@ -102,7 +102,22 @@ mod npf {
     pub(super) const WALK: u64 = 1 << 33;
 }
 
-/// What the VMCB says of an exit.
+/// What the VMCB says of an exit: only what an exit of its kind needs is asked for.
+pub trait Facts {
+    /// EXITINFO1.
+    fn info1(&self) -> u64;
+    /// EXITINFO2.
+    fn info2(&self) -> u64;
+    /// RIP of the guest.
+    fn rip(&self) -> u64;
+    /// The next instruction, where the processor has NRIP save.
+    fn next_rip(&self) -> Option<u64>;
+    /// Instruction bytes and their number, where the processor has decode assists.
+    fn insn(&self) -> ([u8; 15], u8);
+}
+
+/// All that the VMCB says of an exit, for tests.
+#[cfg(test)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Raw {
     /// EXITCODE.
@@ -119,6 +134,25 @@ pub struct Raw {
     pub insn: ([u8; 15], u8),
 }
 
+#[cfg(test)]
+impl Facts for Raw {
+    fn info1(&self) -> u64 {
+        self.info1
+    }
+    fn info2(&self) -> u64 {
+        self.info2
+    }
+    fn rip(&self) -> u64 {
+        self.rip
+    }
+    fn next_rip(&self) -> Option<u64> {
+        self.next_rip
+    }
+    fn insn(&self) -> ([u8; 15], u8) {
+        self.insn
+    }
+}
+
 /// Who deals with an exit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cause {
@@ -131,24 +165,24 @@ pub enum Cause {
 }
 
 /// Decodes an exit.
-#[inline]
-pub fn decode(raw: &Raw) -> Cause {
-    let len = raw.next_rip.map_or(0, |next| length(raw.rip, next));
-    Cause::Policy(match raw.code {
+#[inline(always)]
+pub fn decode(code: u64, raw: &impl Facts) -> Cause {
+    let len = || raw.next_rip().map_or(0, |next| length(raw.rip(), next));
+    Cause::Policy(match code {
         code::INTR | code::INIT => Exit::Interrupt,
-        code::CPUID => Exit::Cpuid(len),
-        code::VMMCALL => Exit::Hypercall(len),
-        code::HLT => Exit::Hlt(len),
+        code::CPUID => Exit::Cpuid(len()),
+        code::VMMCALL => Exit::Hypercall(len()),
+        code::HLT => Exit::Hlt(len()),
         code::NPF => Exit::NestedFault(nested_fault(raw)),
         code::IOIO => Exit::Pio(pio(raw)),
-        code::MSR if raw.info1 & 1 == 0 => Exit::MsrRead(len),
-        code::MSR => Exit::MsrWrite(len),
+        code::MSR if raw.info1() & 1 == 0 => Exit::MsrRead(len()),
+        code::MSR => Exit::MsrWrite(len()),
         code::VINTR => Exit::InterruptWindow,
         code::NMI => Exit::Nmi,
-        code::PAUSE => Exit::Pause(len),
-        code::XSETBV => Exit::Xsetbv(len),
-        code::WBINVD | code::INVD => Exit::Wbinvd(len),
-        code::RDPMC => Exit::Rdpmc(len),
+        code::PAUSE => Exit::Pause(len()),
+        code::XSETBV => Exit::Xsetbv(len()),
+        code::WBINVD | code::INVD => Exit::Wbinvd(len()),
+        code::RDPMC => Exit::Rdpmc(len()),
         code::RSM
         | code::INVLPGA
         | code::VMRUN
@@ -162,8 +196,8 @@ pub fn decode(raw: &Raw) -> Cause {
         | code::MCOMMIT
         | code::TLBSYNC => Exit::NotForGuests,
         code::EXCEPTION0..=code::EXCEPTION31 => Exit::Exception {
-            vector: (raw.code - code::EXCEPTION0) as u8,
-            error: raw.info1 as u32,
+            vector: (code - code::EXCEPTION0) as u8,
+            error: raw.info1() as u32,
         },
         code::TASK_SWITCH => Exit::TaskSwitch,
         code::SHUTDOWN => Exit::Shutdown,
@@ -175,7 +209,7 @@ pub fn decode(raw: &Raw) -> Cause {
         },
         other => Exit::Unknown {
             vendor_code: other,
-            info: raw.info1,
+            info: raw.info1(),
         },
     })
 }
@@ -193,33 +227,34 @@ fn length(rip: u64, next: u64) -> u8 {
     }
 }
 
-fn pio(raw: &Raw) -> Pio {
+fn pio(raw: &impl Facts) -> Pio {
     Pio {
-        port: (raw.info1 >> ioio::PORT_SHIFT) as u16,
-        size: if raw.info1 & ioio::SIZE8 != 0 {
+        port: (raw.info1() >> ioio::PORT_SHIFT) as u16,
+        size: if raw.info1() & ioio::SIZE8 != 0 {
             1
-        } else if raw.info1 & ioio::SIZE16 != 0 {
+        } else if raw.info1() & ioio::SIZE16 != 0 {
             2
         } else {
             4
         },
-        input: raw.info1 & ioio::IN != 0,
-        string: raw.info1 & ioio::STRING != 0,
-        rep: raw.info1 & ioio::REP != 0,
+        input: raw.info1() & ioio::IN != 0,
+        string: raw.info1() & ioio::STRING != 0,
+        rep: raw.info1() & ioio::REP != 0,
         // The second word holds the next RIP on every processor, with or without NRIP save.
-        len: length(raw.rip, raw.info2),
+        len: length(raw.rip(), raw.info2()),
     }
 }
 
-fn nested_fault(raw: &Raw) -> NestedFault {
+fn nested_fault(raw: &impl Facts) -> NestedFault {
+    let (insn, insn_len) = raw.insn();
     NestedFault {
-        gpa: Gpa::new_truncate(raw.info2),
-        write: raw.info1 & npf::WRITE != 0,
-        fetch: raw.info1 & npf::FETCH != 0,
-        present: raw.info1 & npf::PRESENT != 0,
-        walk: raw.info1 & npf::WALK != 0,
-        insn: raw.insn.0,
-        insn_len: raw.insn.1.min(15),
+        gpa: Gpa::new_truncate(raw.info2()),
+        write: raw.info1() & npf::WRITE != 0,
+        fetch: raw.info1() & npf::FETCH != 0,
+        present: raw.info1() & npf::PRESENT != 0,
+        walk: raw.info1() & npf::WALK != 0,
+        insn,
+        insn_len: insn_len.min(15),
     }
 }
 
@@ -235,7 +270,7 @@ mod tests {
             rip: 0x1000,
             ..Raw::default()
         };
-        match decode(&raw) {
+        match decode(raw.code, &raw) {
             Cause::Policy(e) => e,
             other => panic!("{other:?}"),
         }
@@ -350,7 +385,7 @@ mod tests {
             insn: ([0x90; 15], 200),
             ..Raw::default()
         };
-        let Cause::Policy(Exit::NestedFault(f)) = decode(&raw) else {
+        let Cause::Policy(Exit::NestedFault(f)) = decode(raw.code, &raw) else {
             panic!()
         };
         assert_eq!((f.insn_len, f.insn[14]), (15, 0x90));
@@ -358,8 +393,7 @@ mod tests {
 
     #[test]
     fn next_rip_gives_the_length() {
-        let len = |rip, next| match decode(&Raw {
-            code: code::CPUID,
+        let len = |rip, next| match decode(code::CPUID, &Raw {
             rip,
             next_rip: Some(next),
             ..Raw::default()
@@ -427,7 +461,7 @@ mod tests {
     #[test]
     fn what_the_crate_handles_itself() {
         let cause = |code| {
-            decode(&Raw {
+            decode(code, &Raw {
                 code,
                 ..Raw::default()
             })

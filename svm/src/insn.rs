@@ -146,7 +146,12 @@ impl Cpu for Real {
         // SAFETY: the VMCB is one that `vcpu` built: nested paging confines the guest to its own
         // memory, the intercepts keep the host's state out of its reach, and the maps and tables it
         // points to live as long as the vCPU. SVM is enabled and the host save area set.
-        unsafe { entry::world_switch(regs, vmcb.get()) }
+        unsafe {
+            asm!("call {}", sym entry::world_switch,
+                inout("rdi") core::ptr::from_mut(regs) => _, inout("rsi") vmcb.get() => _,
+                out("rax") _, out("rcx") _, out("rdx") _, out("r8") _, out("r9") _, out("r10") _,
+                out("r11") _, out("r12") _, out("r13") _, out("r14") _, out("r15") _);
+        }
     }
 
     fn enable_fpu(self, xsave: bool) {

@@ -312,21 +312,7 @@ impl<C: Cpu> Vcpu<C> {
                 self.nmi = NmiState::Open;
             }
         }
-        exit::decode(&exit::Raw {
-            code,
-            info1: self.vmcb.exit_info1.get(),
-            info2: self.vmcb.exit_info2.get(),
-            rip,
-            next_rip: caps
-                .features
-                .contains(Features::NRIPS)
-                .then(|| self.vmcb.next_rip.get()),
-            insn: if code == exit::code::NPF && caps.features.contains(Features::DECODE_ASSISTS) {
-                (self.vmcb.insn.get(), self.vmcb.insn_len.get())
-            } else {
-                ([0; 15], 0)
-            },
-        })
+        exit::decode(code, self)
     }
 
     /// Nothing was run, so nothing can be relied on to have been flushed or loaded.
@@ -359,6 +345,34 @@ impl<C: Cpu> Vcpu<C> {
         match inject::encode(e) {
             Some(word) => self.vmcb.event_inj.set(word),
             None => self.refused = Some("event that the processor refuses"),
+        }
+    }
+}
+
+impl<C: Cpu> exit::Facts for Vcpu<C> {
+    #[inline]
+    fn info1(&self) -> u64 {
+        self.vmcb.exit_info1.get()
+    }
+    #[inline]
+    fn info2(&self) -> u64 {
+        self.vmcb.exit_info2.get()
+    }
+    #[inline]
+    fn rip(&self) -> u64 {
+        self.vmcb.rip.get()
+    }
+    #[inline]
+    fn next_rip(&self) -> Option<u64> {
+        let nrips = self.svm.caps.features.contains(Features::NRIPS);
+        nrips.then(|| self.vmcb.next_rip.get())
+    }
+    #[inline]
+    fn insn(&self) -> ([u8; 15], u8) {
+        if self.svm.caps.features.contains(Features::DECODE_ASSISTS) {
+            (self.vmcb.insn.get(), self.vmcb.insn_len.get())
+        } else {
+            ([0; 15], 0)
         }
     }
 }

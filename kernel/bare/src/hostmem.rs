@@ -5,13 +5,17 @@
 //! is RAM; anything else is refused.
 
 use core::arch::asm;
-use core::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use core::cell::Cell;
+use core::ptr::null_mut;
+use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
 use galvan_base::hw::MemFault;
-use galvan_base::{Mfn, PAGE_SIZE};
-use spin::Once;
+use galvan_base::{Mfn, Mpa, PAGE_SIZE};
 
-static RAM: Once<&'static [AtomicU64]> = Once::new();
+/// A bit for each frame, set if it is RAM. Written before [`FRAMES`], and never again.
+static RAM: AtomicPtr<u64> = AtomicPtr::new(null_mut());
+/// For how many frames there is a bit.
+static FRAMES: AtomicU64 = AtomicU64::new(0);
 
 /// Takes note of what is RAM: ranges in bytes, page aligned, below `top`.
 pub fn init(top: u64, ranges: impl Iterator<Item = (u64, u64)>) {
@@ -29,22 +33,26 @@ pub fn init(top: u64, ranges: impl Iterator<Item = (u64, u64)>) {
             }
         }
     }
-    RAM.call_once(|| map);
+    RAM.store(map.as_ptr().cast_mut().cast(), Ordering::Relaxed);
+    FRAMES.store(words as u64 * 64, Ordering::Release);
 }
 
 /// Whether the frame is RAM.
 #[inline]
 pub fn is_ram(m: Mfn) -> bool {
     let f = m.get();
-    RAM.get()
-        .and_then(|map| map.get((f / 64) as usize))
-        .is_some_and(|w| w.load(Ordering::Relaxed) & (1 << (f % 64)) != 0)
+    if f >= FRAMES.load(Ordering::Acquire) {
+        return false;
+    }
+    // SAFETY: `init` has made so many words, which stay, and has not written them since.
+    let word = unsafe { RAM.load(Ordering::Relaxed).add((f / 64) as usize).read() };
+    word & 1 << (f % 64) != 0
 }
 
 /// The address of `len` bytes at `off` in a frame that is RAM.
 #[inline]
 fn ptr(m: Mfn, off: usize, len: usize) -> Result<*mut u8, MemFault> {
-    if !is_ram(m) || off > PAGE_SIZE || len > PAGE_SIZE - off {
+    if off > PAGE_SIZE || len > PAGE_SIZE - off || !is_ram(m) {
         return Err(MemFault);
     }
     // SAFETY: stays within the frame.
@@ -131,6 +139,14 @@ macro_rules! atomic {
 atomic!(a64, AtomicU64, 8);
 atomic!(a32, AtomicU32, 4);
 atomic!(a8, AtomicU8, 1);
+
+/// See [`galvan_base::hw::HostMem::all_equal`].
+pub fn all_equal(words: &[Cell<(Mpa, u64)>]) -> bool {
+    words.iter().all(|w| {
+        let (at, v) = w.get();
+        a64(at.frame(), at.offset()).is_ok_and(|a| a.load(Ordering::Acquire) == v)
+    })
+}
 
 macro_rules! forward {
     ($(#[$m:meta])* $name:ident($cell:ident, $($arg:ident: $t:ty),*) -> $r:ty, |$a:ident| $body:expr) => {

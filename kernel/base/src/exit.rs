@@ -10,7 +10,10 @@ use crate::Gpa;
 pub type InsnLen = u8;
 
 /// One exit from guest mode.
+///
+/// What kind it is stands in a byte of its own, so that making one is a store or two.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
 pub enum Exit {
     /// A physical interrupt is pending; it is taken when the host opens its interrupt window.
     Interrupt,

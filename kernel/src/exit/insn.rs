@@ -6,13 +6,15 @@
 //!
 //! (AMD APM volume 2 "State Saved on Exit": nRIP; Intel SDM "VM-Exit Instruction Length".)
 
+use core::cell::Cell;
+
 use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
-use galvan_base::{Gpa, Mfn, PAGE_SIZE, Platform};
+use galvan_base::{Gpa, Mpa, PAGE_SIZE, Platform};
 
 use super::Next;
 use crate::emulate::{Bits, Code, DecodeError, Flags, MAX_LEN, Rep, Stop};
 use crate::guest_access::{Access, Cx, WalkFault, read_gpa};
-use crate::p2m::{P2mType, Want};
+use crate::p2m::{P2mType, Stamp, Want};
 
 /// Instructions whose length is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,39 +58,45 @@ const SLOTS: usize = 16;
 /// Longer instructions, by useless prefixes, are not cached.
 const CACHED_LEN: usize = 4;
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Debug, Default)]
 struct Slot {
     linear: u64,
     cr3: u64,
-    epoch: u64,
-    mfn: u64,
-    off: u16,
+    stamp: Cell<Stamp>,
+    /// The aligned words in which it lies, and what its bytes are in them. The second has no bits
+    /// where the first has all of it.
+    words: [Word; 2],
     /// A [`Kind`], or 0.
     kind: u8,
     len: u8,
-    bytes: [u8; CACHED_LEN],
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Word {
+    at: Mpa,
+    mask: u64,
+    bytes: u64,
+}
+
+impl Default for Word {
+    fn default() -> Self {
+        Word { at: Mpa::new_truncate(0), mask: 0, bytes: 0 }
+    }
+}
+
+impl Word {
+    #[inline(always)]
+    fn is_there(&self, hw: &dyn Platform) -> bool {
+        hw.load_u64(self.at.frame(), self.at.offset()).is_ok_and(|w| w & self.mask == self.bytes)
+    }
 }
 
 impl Slot {
-    /// Whether the bytes are still there. One load, two where they lie in two words.
-    #[inline]
+    /// Whether the bytes are still there.
+    #[inline(always)]
     fn is_unchanged(&self, hw: &dyn Platform) -> bool {
-        let m = Mfn::new_truncate(self.mfn);
-        let at = usize::from(self.off);
-        let shift = (at % 8) as u32 * 8;
-        let bits = u32::from(self.len) * 8;
-        let Ok(low) = hw.load_u64(m, at & !7) else {
-            return false;
-        };
-        let mut now = low >> shift;
-        if shift + bits > 64 {
-            // Cached instructions lie in one page.
-            let Ok(high) = hw.load_u64(m, (at & !7) + 8) else {
-                return false;
-            };
-            now |= high << (64 - shift);
-        }
-        (now as u32 ^ u32::from_le_bytes(self.bytes)) << (32 - bits.min(32)) == 0
+        let [first, second] = &self.words;
+        first.is_there(hw) && (second.mask == 0 || second.is_there(hw))
     }
 }
 
@@ -101,33 +109,33 @@ fn slot_of(linear: u64) -> usize {
 ///
 /// `None`: resume the guest. Either it is another instruction by now, which the guest is to execute,
 /// or it cannot be fetched, for which an exception has been injected.
-#[inline]
+#[inline(always)]
 pub fn length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<u8> {
     if given != 0 {
         return Some(given);
     }
     let (linear, cr3) = cx.st.hw.code_address();
-    let epoch = cx.dom.p2m.ram_epoch();
     if let Some(s) = cx.st.icache.slots.get(slot_of(linear))
         && s.linear == linear
         && s.kind == kind as u8
-        && s.epoch == epoch
         && s.cr3 == cr3
         && s.is_unchanged(cx.hv.hw)
+        && cx.dom.p2m.still(&s.stamp)
     {
         return Some(s.len);
     }
-    look(cx, kind, linear, epoch)
+    look(cx, kind, linear)
 }
 
 #[cold]
-fn look(cx: &mut Cx<'_>, kind: Kind, key: u64, epoch: u64) -> Option<u8> {
+#[inline(never)]
+fn look(cx: &mut Cx<'_>, kind: Kind, key: u64) -> Option<u8> {
     let bits = bits(cx);
     match with_code(cx, |bytes| {
         match_kind(bytes, bits, kind).map(|n| (n, prefix_of(bytes)))
     }) {
         Ok(Ok((len, bytes))) => {
-            remember(cx, kind, key, epoch, len, bytes);
+            remember(cx, kind, key, len, bytes);
             Some(len)
         }
         Ok(Err(_)) => None,
@@ -147,15 +155,16 @@ pub(super) fn prefix_of<const N: usize>(bytes: &[u8]) -> [u8; N] {
     b
 }
 
-fn remember(cx: &mut Cx<'_>, kind: Kind, key: u64, epoch: u64, len: u8, bytes: [u8; CACHED_LEN]) {
+fn remember(cx: &mut Cx<'_>, kind: Kind, key: u64, len: u8, bytes: [u8; CACHED_LEN]) {
     let linear = linear_ip(cx);
     if usize::from(len) > CACHED_LEN || linear as usize % PAGE_SIZE + usize::from(len) > PAGE_SIZE {
         return;
     }
-    // The epoch was read before the translation: if the frame goes in between, the entry is old.
     let Ok(gpa) = cx.translate(linear, false) else {
         return;
     };
+    let mut stamp = cx.dom.p2m.stamp();
+    cx.dom.p2m.watch(&mut stamp, gpa.frame());
     let page = match cx.dom.p2m.get_page(gpa.frame(), Want::Read) {
         Ok(page) if page.ty() == P2mType::Ram => page,
         _ => return,
@@ -165,14 +174,25 @@ fn remember(cx: &mut Cx<'_>, kind: Kind, key: u64, epoch: u64, len: u8, bytes: [
         *s = Slot {
             linear: key,
             cr3,
-            epoch,
-            mfn: page.mfn().get(),
-            off: gpa.offset() as u16,
+            stamp: Cell::new(stamp),
+            words: words(page.mfn().addr(), gpa.offset(), bytes, len),
             kind: kind as u8,
             len,
-            bytes,
         };
     }
+}
+
+/// The words in which an instruction lies that is wholly in one page.
+fn words(frame: Mpa, offset: usize, bytes: [u8; CACHED_LEN], len: u8) -> [Word; 2] {
+    let shift = (offset % 8) as u32 * 8;
+    let mask = (u128::from(u64::MAX) >> (64 - u32::from(len) * 8)) << shift;
+    let bytes = u128::from(u32::from_le_bytes(bytes)) << shift & mask;
+    let at = frame.get() + (offset & !7) as u64;
+    [0u32, 64].map(|n| Word {
+        at: Mpa::new_truncate(at + u64::from(n) / 8),
+        mask: (mask >> n) as u64,
+        bytes: (bytes >> n) as u64,
+    })
 }
 
 /// The length of the instruction if it is of this kind; `Unsupported` if it is none.
@@ -370,7 +390,7 @@ fn fetch_device(cx: &Cx<'_>, gpa: Gpa, buf: &mut [u8]) -> Result<(), Stop> {
     }
     for (i, b) in buf.iter_mut().enumerate() {
         let at = l.mfn.addr().get() + (gpa.offset() + i) as u64;
-        *b = cx.hv.hw.mmio_read(galvan_base::Mpa::new_truncate(at), 1) as u8;
+        *b = cx.hv.hw.mmio_read(Mpa::new_truncate(at), 1) as u8;
     }
     Ok(())
 }

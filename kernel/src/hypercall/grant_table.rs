@@ -101,9 +101,8 @@ impl Window {
     /// Looks up `len` bytes at `gva` for reading and writing; EFAULT if they are not there.
     fn new(cx: &Cx<'_>, gva: u64, len: usize) -> Result<Window, Errno> {
         let part = |gva, len: usize| {
-            let gpa = cx.translate(gva, true)?;
+            let (gpa, page) = cx.reach(gva, Want::Write)?;
             let len = len.min(PAGE_SIZE - gpa.offset());
-            let page = cx.dom.p2m.get_page(gpa.frame(), Want::Write)?;
             Ok::<_, Errno>((page, gpa, len))
         };
         let first = part(gva, len)?;

@@ -156,7 +156,8 @@ pub fn from_registers(cx: &mut Cx<'_>) -> After {
 const QUIET: u64 = 1 << nr::HYPERVISOR_XEN_VERSION
     | 1 << nr::HYPERVISOR_EVENT_CHANNEL_OP
     | 1 << nr::HYPERVISOR_GRANT_TABLE_OP
-    | 1 << nr::HYPERVISOR_MEMORY_OP;
+    | 1 << nr::HYPERVISOR_MEMORY_OP
+    | 1 << nr::HYPERVISOR_HVM_OP;
 
 /// Whether the call of this number is one of [`QUIET`], or none at all.
 #[inline]

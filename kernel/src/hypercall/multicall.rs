@@ -6,17 +6,96 @@
 use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::xen::{HYPERVISOR_MULTICALL, MulticallEntry};
 
+use galvan_base::{Gfn, PAGE_SIZE};
+use zerocopy::{FromZeros, IntoBytes};
+
 use super::{Args, OK, Outcome, Ret, dispatch};
+use crate::gnttab;
 use crate::guest_access::Cx;
+use crate::p2m::{Page, Want};
 
 /// Entries served before others get their turn.
 const BATCH: u64 = 32;
 
+/// Size of an entry.
+const ENTRY: usize = size_of::<MulticallEntry>();
+
+/// The page of the list that is being worked on, looked up once and held. If the guest maps another
+/// page there meanwhile, this call goes on with the one it began with, as a processor may that has
+/// the translation in its TLB.
+#[derive(Default)]
+struct Place {
+    /// The virtual address of the page, and what is there.
+    page: Option<(u64, Page, Gfn)>,
+    written: bool,
+}
+
+impl Place {
+    /// The page with the entry at an address; nothing for an entry that lies in two.
+    fn at(cx: &Cx<'_>, at: u64) -> Result<Place, Errno> {
+        let offset = at % PAGE_SIZE as u64;
+        if offset > (PAGE_SIZE - ENTRY) as u64 {
+            return Ok(Place::default());
+        }
+        let (gpa, page) = cx.reach(at, Want::Write)?;
+        Ok(Place { page: Some((at - offset, page, gpa.frame())), written: false })
+    }
+
+    /// Whether an entry lies in the page.
+    #[inline]
+    fn covers(&self, at: u64) -> bool {
+        self.page
+            .as_ref()
+            .is_some_and(|(start, ..)| at.wrapping_sub(*start) <= (PAGE_SIZE - ENTRY) as u64)
+    }
+
+    #[inline]
+    fn read(&self, cx: &Cx<'_>, at: u64) -> Result<MulticallEntry, Errno> {
+        let Some((start, page, _)) = &self.page else {
+            return cx.get(at);
+        };
+        let mut e = MulticallEntry::new_zeroed();
+        let r = cx.hv.hw.read(page.mfn(), (at - start) as usize, e.as_mut_bytes());
+        r.map_err(|_| Errno::EFAULT)?;
+        Ok(e)
+    }
+
+    #[inline]
+    fn write_result(&mut self, cx: &Cx<'_>, at: u64, v: u64) -> Result<(), Errno> {
+        let Some((start, page, _)) = &self.page else {
+            return cx.put(at.wrapping_add(8), &v);
+        };
+        self.written = true;
+        let r = cx.hv.hw.write(page.mfn(), (at - start) as usize + 8, v.as_bytes());
+        r.map_err(|_| Errno::EFAULT)
+    }
+
+    /// Lets go of the page; if writes to it are to be noticed, those were.
+    fn leave(&mut self, cx: &Cx<'_>) {
+        if let Some((_, _, gfn)) = self.page.take()
+            && self.written
+        {
+            gnttab::note_write(cx.hv, cx.dom, gfn);
+        }
+    }
+}
+
 /// `HYPERVISOR_multicall(list, count)`.
 pub fn multicall(cx: &mut Cx<'_>, [list, count, ..]: Args) -> Ret {
-    let count = u64::from(count as u32);
+    let mut place = Place::default();
+    let r = some(cx, &mut place, list, u64::from(count as u32));
+    place.leave(cx);
+    r
+}
+
+fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
     for i in 0..count.min(BATCH) {
-        let mut e: MulticallEntry = cx.get_at(list, i)?;
+        let at = list.checked_add(i * ENTRY as u64).ok_or(Errno::EFAULT)?;
+        if !place.covers(at) {
+            place.leave(cx);
+            *place = Place::at(cx, at)?;
+        }
+        let mut e = place.read(cx, at)?;
         let [a0, a1, a2, a3, a4, _] = e.args;
         let result = if e.op == u64::from(HYPERVISOR_MULTICALL) {
             // A list in a list would recurse.
@@ -53,8 +132,7 @@ pub fn multicall(cx: &mut Cx<'_>, [list, count, ..]: Args) -> Ret {
             Err(err) => err.as_ret(),
         };
         // Only the result is the caller's to see changed.
-        let at = list.wrapping_add(i * 64 + 8);
-        cx.put(at, &e.result)?;
+        place.write_result(cx, at, e.result)?;
     }
     if count > BATCH {
         return Ok(Outcome::Again([

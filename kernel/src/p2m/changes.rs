@@ -45,7 +45,35 @@ pub struct Changes<'a> {
     p2m: &'a P2m,
     flush: PendingFlush,
     flush_iommu: bool,
-    parted: Vec<Parted>,
+    parted: PartedList,
+}
+
+/// A list of which the last is at hand: mostly there is one, which then takes no memory.
+#[derive(Debug, Default)]
+struct PartedList {
+    last: Option<Parted>,
+    before: Vec<Parted>,
+}
+
+impl PartedList {
+    fn push(&mut self, p: Parted) -> Result<(), P2mError> {
+        if let Some(last) = self.last {
+            self.before.try_reserve(1).map_err(|_| P2mError::Exhausted)?;
+            self.before.push(last);
+        }
+        self.last = Some(p);
+        Ok(())
+    }
+
+    /// Where the list ends, for [`PartedList::cut`].
+    fn mark(&self) -> (usize, Option<Parted>) {
+        (self.before.len(), self.last)
+    }
+
+    fn cut(&mut self, mark: (usize, Option<Parted>)) {
+        self.before.truncate(mark.0);
+        self.last = mark.1;
+    }
 }
 
 fn gfn(n: u64) -> Gfn {
@@ -66,7 +94,7 @@ impl<'a> Changes<'a> {
             p2m,
             flush: PendingFlush::new(),
             flush_iommu: false,
-            parted: Vec::new(),
+            parted: PartedList::default(),
         }
     }
 
@@ -279,7 +307,7 @@ impl<'a> Changes<'a> {
                 .prepare(&p2m.pool, g, PageOrder::P4K, &mut self.flush)?;
         }
         self.replace(&mut inner, to, e.mfn, PageOrder::P4K, ty, false)?;
-        p2m.ram_leaves();
+        p2m.ram_leaves(from, 1);
         if let Some(io) = p2m.iommu() {
             // Should this fail the frame is seen by the domain's devices at both places, and is the
             // domain's at both.
@@ -356,7 +384,7 @@ impl<'a> Changes<'a> {
                 }
                 let new = f(old).filter(|n| n.is_owned() && *n != old)?;
                 if old == P2mType::Ram {
-                    p2m.ram_leaves();
+                    p2m.ram_leaves(g, e.order.frames());
                 }
                 if whole
                     && old.dma() != new.dma()
@@ -408,7 +436,8 @@ impl<'a> Changes<'a> {
         }
         flush.flush(&p2m.pool, || tlb.flush_domain());
         let mut freed = 0;
-        for p in core::mem::take(&mut self.parted) {
+        let parted = core::mem::take(&mut self.parted);
+        for p in parted.before.into_iter().chain(parted.last) {
             let first = Mfn::new_truncate(p.mfn);
             if p.owned {
                 let owner = Owner::Guest(p2m.domid);
@@ -515,13 +544,10 @@ impl<'a> Changes<'a> {
         ty: P2mType,
         grants: bool,
     ) -> Result<(), P2mError> {
-        let mark = (self.parted.len(), self.parted.last().map(|p| p.frames));
+        let mark = self.parted.mark();
         let r = self.try_replace(inner, g, mfn, size, ty, grants);
         if r.is_err() {
-            self.parted.truncate(mark.0);
-            if let (Some(p), Some(n)) = (self.parted.last_mut(), mark.1) {
-                p.frames = n;
-            }
+            self.parted.cut(mark);
         }
         r
     }
@@ -538,6 +564,8 @@ impl<'a> Changes<'a> {
         let p2m = self.p2m;
         let end = g.get() + size.frames();
         let mut dma_before = false;
+        // A table of single pages is there already.
+        let mut ready = false;
         let mut at = g.get();
         while at < end {
             let e = inner.table.lookup(p2m.frames.mem(), gfn(at));
@@ -547,16 +575,19 @@ impl<'a> Changes<'a> {
                 return Err(P2mError::Busy);
             }
             if old == P2mType::Ram {
-                p2m.ram_leaves();
+                p2m.ram_leaves(gfn(at), n);
             }
             if old.is_owned() || old.is_ref() {
                 self.part_with(e.mfn, n, old.is_owned())?;
             }
             dma_before |= old.dma().is_some();
+            ready = size == PageOrder::P4K && e.order == PageOrder::P4K;
             at += n;
         }
         // After this the table cannot fail, so that it and the IOMMU change together.
-        inner.table.prepare(&p2m.pool, g, size, &mut self.flush)?;
+        if !ready {
+            inner.table.prepare(&p2m.pool, g, size, &mut self.flush)?;
+        }
         if let Some(io) = p2m.iommu() {
             let d = Dfn::new_truncate(g.get());
             match ty.dma() {
@@ -582,22 +613,18 @@ impl<'a> Changes<'a> {
         if frames == 0 {
             return Ok(());
         }
-        if let Some(p) = self.parted.last_mut()
+        if let Some(p) = &mut self.parted.last
             && p.owned == owned
             && p.mfn + p.frames == mfn.get()
         {
             p.frames += frames;
             return Ok(());
         }
-        self.parted
-            .try_reserve(1)
-            .map_err(|_| P2mError::Exhausted)?;
         self.parted.push(Parted {
             mfn: mfn.get(),
             frames,
             owned,
-        });
-        Ok(())
+        })
     }
 }
 
@@ -615,7 +642,7 @@ fn fitting(table: &Table, at: u64, mfn: Option<Mfn>, frames: u64) -> PageOrder {
 impl Drop for Changes<'_> {
     fn drop(&mut self) {
         debug_assert!(
-            self.parted.is_empty(),
+            self.parted.last.is_none(),
             "frames taken out of the p2m of d{} were not let go of",
             self.p2m.domid
         );

@@ -27,6 +27,7 @@ mod pool;
 #[cfg(test)]
 mod tests;
 
+use core::cell::Cell;
 use core::fmt;
 use core::sync::atomic::{AtomicU64, Ordering};
 
@@ -292,6 +293,45 @@ impl Page {
     }
 }
 
+/// Into so many groups guest frames are divided, by their number, for [`RamChanges`].
+const GROUPS: usize = 64;
+/// The most guest frames of a [`Stamp`].
+const STAMP_FRAMES: usize = 6;
+
+/// Counts how often RAM has gone or changed its type: anywhere, and by groups of guest frames.
+#[derive(Debug)]
+struct RamChanges {
+    all: AtomicU64,
+    groups: [AtomicU64; GROUPS],
+}
+
+impl Default for RamChanges {
+    fn default() -> Self {
+        RamChanges {
+            all: AtomicU64::new(0),
+            groups: [const { AtomicU64::new(0) }; GROUPS],
+        }
+    }
+}
+
+impl RamChanges {
+    #[inline]
+    fn count(&self, group: u8) -> u64 {
+        self.groups.get(usize::from(group)).map_or(0, |g| g.load(Ordering::SeqCst))
+    }
+}
+
+/// The state of some guest frames of a p2m, for [`P2m::still`].
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stamp {
+    /// The count of all changes the last time that none had been of these frames; `u64::MAX` where
+    /// there were too many frames to tell.
+    all: u64,
+    sum: u64,
+    groups: [u8; STAMP_FRAMES],
+    len: u8,
+}
+
 /// What a p2m is made for.
 #[derive(Clone, Copy, Debug)]
 pub struct P2mConfig {
@@ -318,9 +358,7 @@ pub struct P2m {
     hw: &'static dyn Platform,
     pool: TablePool,
     max_gfn: AtomicU64,
-    /// Moves whenever an entry of type `Ram` goes or changes, before the frame is let go of.
-    /// Changed under the lock.
-    ram_epoch: AtomicU64,
+    ram: RamChanges,
     inner: RankedRwLock<Inner, { rank::P2M }>,
 }
 
@@ -349,7 +387,7 @@ impl P2m {
             hw,
             pool,
             max_gfn: AtomicU64::new(0),
-            ram_epoch: AtomicU64::new(0),
+            ram: RamChanges::default(),
             inner: RankedRwLock::new(Inner {
                 table,
                 cursor: Gfn::new_truncate(0),
@@ -372,24 +410,80 @@ impl P2m {
         Gfn::new_truncate(self.max_gfn.load(Ordering::Relaxed))
     }
 
-    /// As long as this stays the same, every guest frame that was of type [`P2mType::Ram`] is so still,
-    /// in the same frame of the machine. Whoever takes it away moves this first and drops the p2m's
-    /// reference on the frame afterwards, so that one who takes a reference and then finds this unmoved
-    /// has got it in time.
+    /// To be taken before guest frames are looked up, each of which is then to be [watched](P2m::watch).
     #[inline]
-    pub fn ram_epoch(&self) -> u64 {
-        self.ram_epoch.load(Ordering::SeqCst)
+    pub fn stamp(&self) -> Stamp {
+        Stamp {
+            all: self.ram.all.load(Ordering::SeqCst),
+            sum: 0,
+            groups: [0; STAMP_FRAMES],
+            len: 0,
+        }
     }
 
+    /// Adds a guest frame to a stamp, before it is looked up.
     #[inline]
-    fn ram_leaves(&self) {
-        self.ram_epoch.fetch_add(1, Ordering::SeqCst);
+    pub fn watch(&self, s: &mut Stamp, f: Gfn) {
+        let group = (f.get() % GROUPS as u64) as u8;
+        match s.groups.get_mut(usize::from(s.len)) {
+            Some(g) => {
+                *g = group;
+                s.len += 1;
+                s.sum = s.sum.wrapping_add(self.ram.count(group));
+            }
+            None => s.all = u64::MAX,
+        }
+    }
+
+    /// Whether each of the guest frames watched that was of type [`P2mType::Ram`] when it was looked
+    /// up is so still, in the same frame of the machine.
+    ///
+    /// Whoever takes RAM away makes this false first and drops the p2m's reference on the frame
+    /// afterwards. So one who takes a reference and then finds this true has got it in time.
+    #[inline]
+    pub fn still(&self, s: &Cell<Stamp>) -> bool {
+        self.ram.all.load(Ordering::SeqCst) == s.get().all || self.still_of_these(s)
+    }
+
+    /// Changes have been made; whether none was of the frames of the stamp.
+    #[inline(never)]
+    fn still_of_these(&self, at: &Cell<Stamp>) -> bool {
+        let mut s = at.get();
+        if s.all == u64::MAX {
+            return false;
+        }
+        s.all = self.ram.all.load(Ordering::SeqCst);
+        let counts = s.groups.iter().take(s.len.into()).map(|g| self.ram.count(*g));
+        // As every count only grows, the sum is the same only if each is.
+        if counts.fold(0, u64::wrapping_add) != s.sum {
+            return false;
+        }
+        at.set(s);
+        true
+    }
+
+    /// RAM goes from some guest frames, or changes its type there. Under the lock, before anything
+    /// is let go of.
+    fn ram_leaves(&self, first: Gfn, frames: u64) {
+        for n in 0..frames.min(GROUPS as u64) {
+            let group = (first.get() + n) % GROUPS as u64;
+            if let Some(g) = self.ram.groups.get(group as usize) {
+                g.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        self.ram.all.fetch_add(1, Ordering::SeqCst);
     }
 
     /// The machine's memory.
     #[inline]
     pub(crate) fn frames(&self) -> &'static FrameTable {
         self.frames
+    }
+
+    /// Keeps the p2m as it is until what is given is dropped.
+    #[inline]
+    pub(crate) fn hold(&self) -> impl Drop + '_ {
+        self.inner.read()
     }
 
     /// How many pages the tables take.
