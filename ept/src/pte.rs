@@ -197,7 +197,14 @@ impl Format {
         }
     }
 
-    fn decode_sw(self, raw: u64) -> u8 {
+    /// The frame in an entry that does not point to a table.
+    #[inline]
+    pub(crate) fn frame(self, raw: u64) -> Mfn {
+        Mfn::new_truncate((raw & ADDR) >> 12)
+    }
+
+    #[inline]
+    pub(crate) fn decode_sw(self, raw: u64) -> u8 {
         let sw = match self {
             Format::Npt => (raw >> 9 & 7) | (raw >> 52 & 3) << 3,
             Format::Ept | Format::VtdSl => raw >> 52 & 0x1f,

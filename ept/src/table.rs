@@ -151,6 +151,23 @@ impl Table {
         }
     }
 
+    /// The frame and the software type that the table has for a guest frame, and the size of the page
+    /// or hole: [`Table::lookup`] for those who need no more.
+    #[inline]
+    pub fn peek<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn) -> (Mfn, u8, PageOrder) {
+        if gfn >= Self::LIMIT {
+            return (Mfn::new_truncate(0), 0, PageOrder::P1G);
+        }
+        let Place { level, raw, .. } = self.walk(mem, gfn, 0);
+        let first = self.format.frame(raw);
+        let mfn = if raw != 0 {
+            Mfn::new_truncate(first.get() + (gfn.get() & (span(level) - 1)))
+        } else {
+            first
+        };
+        (mfn, self.format.decode_sw(raw), order_of(level))
+    }
+
     /// Maps one page at `gfn`, which replaces whatever was there, down to single pages; with attributes
     /// that do not allow reads, leaves a hole there that remembers `mfn` and the software type, or
     /// nothing where that is 0, as after [`Table::unmap`].
@@ -426,6 +443,7 @@ impl Table {
     }
 
     /// Walks towards `gfn` until an entry that is no table, or down to `level`.
+    #[inline]
     fn walk<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn, level: u8) -> Place {
         let mut table = self.root;
         let mut at = ROOT;

@@ -373,6 +373,7 @@ fn run_against_model(format: Format, max_order: PageOrder, ops: &[Op], step: u32
         state = after;
         for (g, s) in probes.iter().zip(&state) {
             let e = t.lookup(&env.machine, gfn(*g));
+            assert_eq!(t.peek(&env.machine, gfn(*g)), (e.mfn, e.attrs.sw, e.order));
             assert_eq!(
                 (e.mfn.get(), e.attrs),
                 *s,
@@ -498,6 +499,7 @@ fn dirty_bits_survive_changes_and_splits() {
         .unwrap();
         for g in [2, 3, 4] {
             let e = t.lookup(&env.machine, gfn(g));
+            assert_eq!(t.peek(&env.machine, gfn(g)), (e.mfn, e.attrs.sw, e.order));
             assert!(e.accessed && e.dirty, "{f:?} {g}");
             assert_eq!((e.attrs.write, e.order), (g != 3, PageOrder::P4K));
         }

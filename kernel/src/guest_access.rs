@@ -116,6 +116,20 @@ impl Cx<'_> {
             Want::Read => Access::empty(),
             Want::Write => Access::WRITE,
         };
+        self.reach_as(gva, access, want)
+    }
+
+    /// Reads bytes that lie in one page, for an access of this kind.
+    pub(crate) fn read_as(&self, gva: u64, a: Access, buf: &mut [u8]) -> Result<(), WalkFault> {
+        let hw = self.hv.hw;
+        if self.at_once(gva, buf.len(), a, |m, off| hw.read(m, off, buf)) == Some(Ok(())) {
+            return Ok(());
+        }
+        let (gpa, page) = self.reach_as(gva, a, Want::Read)?;
+        hw.read(page.mfn(), gpa.offset(), buf).map_err(|_| WalkFault::NotRam(gpa))
+    }
+
+    fn reach_as(&self, gva: u64, access: Access, want: Want) -> Result<(Gpa, Page), WalkFault> {
         let q = self.query(gva, access);
         if let Some((gpa, page)) = self.st.walks.page(self.hv.hw, &self.dom.p2m, &q) {
             return Ok((gpa, Page::of_ram(page)));

@@ -13,7 +13,7 @@ use galvan_base::{Gpa, Mpa, PAGE_SIZE, Platform};
 
 use super::Next;
 use crate::emulate::{Bits, Code, DecodeError, Flags, MAX_LEN, Rep, Stop};
-use crate::guest_access::{Access, Cx, WalkFault, read_gpa};
+use crate::guest_access::{Access, Cx, WalkFault};
 use crate::p2m::{P2mType, Stamp, Want};
 
 /// Instructions whose length is asked for.
@@ -371,13 +371,17 @@ pub(super) fn with_code<T>(
 
 /// Fetches bytes that lie in one page.
 fn fetch(cx: &Cx<'_>, linear: u64, a: Access, buf: &mut [u8]) -> Result<(), Stop> {
-    let gpa = cx
-        .translate_as(linear, a)
-        .map_err(|f| walk_fault(f, linear, a))?;
-    if read_gpa(cx.hv, cx.dom, gpa, buf).is_ok() {
-        return Ok(());
+    match cx.read_as(linear, a, buf) {
+        Ok(()) => Ok(()),
+        // A table may be what is no RAM: then the walk fails again.
+        Err(WalkFault::NotRam(_)) => {
+            let gpa = cx
+                .translate_as(linear, a)
+                .map_err(|f| walk_fault(f, linear, a))?;
+            fetch_device(cx, gpa, buf)
+        }
+        Err(f) => Err(walk_fault(f, linear, a)),
     }
-    fetch_device(cx, gpa, buf)
 }
 
 /// Fetches code from the machine's own memory that is no RAM: the firmware's, which the hardware

@@ -8,7 +8,7 @@
 
 use galvan_base::exit::NestedFault;
 use galvan_base::state::{CR0_PE, Seg, Segment};
-use galvan_base::{Gpa, Mpa, PAGE_SIZE};
+use galvan_base::{Gfn, Gpa, Mpa, PAGE_SIZE};
 
 use super::insn::{self, stopped};
 use super::{Next, apic, pio};
@@ -24,8 +24,13 @@ const ITERATIONS: u32 = 64;
 /// An access that the second-stage tables did not allow.
 pub fn nested_fault(cx: &mut Cx<'_>, f: NestedFault) -> Next {
     let frame = f.gpa.frame();
+    let mut hole = None;
     if !apic::claims(cx.st, frame.addr().get()) {
-        match cx.dom.p2m.lookup(frame).ty {
+        let ty = cx.dom.p2m.lookup(frame).ty;
+        if ty == P2mType::None {
+            hole = Some(frame);
+        }
+        match ty {
             // Another CPU has mapped it in the meantime.
             P2mType::Ram | P2mType::MmioDirect => return Next::Resume,
             P2mType::LogDirty => {
@@ -61,10 +66,10 @@ pub fn nested_fault(cx: &mut Cx<'_>, f: NestedFault) -> Next {
         // It was not the instruction but the delivery of an event, to a stack or table there.
         return Next::Crash("an event delivered where there is no memory");
     }
-    emulate(cx, &f)
+    emulate(cx, &f, hole)
 }
 
-fn emulate(cx: &mut Cx<'_>, f: &NestedFault) -> Next {
+fn emulate(cx: &mut Cx<'_>, f: &NestedFault, hole: Option<Gfn>) -> Next {
     let bits = insn::bits(cx);
     let given = f.insn.get(..f.insn_len.into()).unwrap_or(&[]);
     let decoded = match decode(given, bits) {
@@ -81,8 +86,13 @@ fn emulate(cx: &mut Cx<'_>, f: &NestedFault) -> Next {
     if hint_applies(&insn, f) {
         guest.hint = Some(f.gpa);
     }
+    guest.hole = hole;
     let r = execute(&mut guest, &insn, limit);
-    finish(cx, &insn, r)
+    let quiet = guest.quiet;
+    match r {
+        Ok(Flow::Next) if quiet => insn::advance_quietly(cx, insn.len),
+        r => finish(cx, &insn, r),
+    }
 }
 
 /// Whether the one memory operand of the instruction is what faulted, so that its address need not
@@ -154,6 +164,10 @@ pub(super) struct Guest<'a, 'b> {
     long: bool,
     /// Where the memory operand is, if that is known.
     hint: Option<Gpa>,
+    /// A guest frame that had nothing when the access was made.
+    hole: Option<Gfn>,
+    /// Nothing an entry depends on has been touched.
+    quiet: bool,
 }
 
 /// A stretch of guest physical memory within a page.
@@ -169,6 +183,8 @@ impl<'a, 'b> Guest<'a, 'b> {
             cx,
             long: bits == Bits::B64,
             hint: None,
+            hole: None,
+            quiet: true,
         }
     }
 
@@ -207,6 +223,9 @@ impl<'a, 'b> Guest<'a, 'b> {
         if apic::claims(self.cx.st, frame.addr().get()) {
             return pieces(p, |at, n| apic::mmio_read(self.cx, at.offset() as u32, n));
         }
+        if self.hole == Some(frame) {
+            return pieces(p, |at, n| device_read(self.cx, at, n));
+        }
         match self.cx.dom.p2m.get_page(frame, Want::Read) {
             Ok(page) => {
                 let mut b = [0; 8];
@@ -232,6 +251,7 @@ impl<'a, 'b> Guest<'a, 'b> {
     fn write_part(&mut self, p: Part, v: u64) {
         let frame = p.gpa.frame();
         if apic::claims(self.cx.st, frame.addr().get()) {
+            self.quiet = false;
             pieces(p, |at, n| {
                 let piece = v >> (at.get().wrapping_sub(p.gpa.get()) * 8) & mask(n);
                 apic::mmio_write(self.cx, at.offset() as u32, n, piece);
@@ -316,6 +336,7 @@ impl Cpu for Guest<'_, '_> {
     }
 
     fn set_rflags(&mut self, v: u64) {
+        self.quiet = false;
         self.cx.st.hw.set_rflags(v);
     }
 

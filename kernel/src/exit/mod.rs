@@ -38,6 +38,7 @@ pub enum Next {
 }
 
 /// Decides what an exit means.
+#[inline(always)]
 pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
     match exit {
         Exit::Hypercall(len) => {

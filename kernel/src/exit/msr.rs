@@ -28,7 +28,7 @@ pub fn read(cx: &mut Cx<'_>, len: u8) -> Next {
         Some(v) => {
             cx.st.regs.rax = v & 0xffff_ffff;
             cx.st.regs.rdx = v >> 32;
-            insn::advance(cx, len);
+            insn::advance_quietly(cx, len)
         }
         None => {
             // Each once: kernels probe, and their own text is to have its place in the log too.
@@ -36,9 +36,9 @@ pub fn read(cx: &mut Cx<'_>, len: u8) -> Next {
                 log::info!("{:?}: rdmsr {index:#x} faults", cx.vcpu);
             }
             insn::inject(cx, Event::GP);
+            Next::Resume
         }
     }
-    Next::Resume
 }
 
 /// WRMSR.

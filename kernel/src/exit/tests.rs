@@ -115,6 +115,14 @@ impl Setting {
     }
 
     fn exit(&self, e: Exit) -> Next {
+        match self.exit_exactly(e) {
+            // For the guest there is no difference.
+            Next::Quiet => Next::Resume,
+            next => next,
+        }
+    }
+
+    fn exit_exactly(&self, e: Exit) -> Next {
         self.w.with_cx(1, 0, |cx| handle(cx, e))
     }
 
@@ -233,12 +241,12 @@ fn an_instruction_without_a_given_length_is_measured_in_memory() {
         &[0x66, 0x2e, 0xf3, 0x4f, 0x0f, 0xa2],
     ] {
         s.code(code);
-        assert_eq!(s.exit(Exit::Cpuid(0)), Next::Quiet);
+        assert_eq!(s.exit(Exit::Cpuid(0)), Next::Resume);
         assert_eq!(s.rip(), CODE + code.len() as u64);
     }
     // Where the processor tells it, memory is not looked at.
     s.code(&[0x90]);
-    assert_eq!(s.exit(Exit::Cpuid(7)), Next::Quiet);
+    assert_eq!(s.exit(Exit::Cpuid(7)), Next::Resume);
     assert_eq!(s.rip(), CODE + 7);
 }
 
@@ -276,6 +284,35 @@ fn a_length_is_forgotten_when_the_frame_is_taken() {
 }
 
 #[test]
+fn exits_are_quiet_that_touch_nothing_an_entry_depends_on() {
+    let s = Setting::new();
+    s.code(&[0x0f, 0xa2]);
+    assert_eq!(s.exit_exactly(Exit::Cpuid(0)), Next::Quiet);
+    s.code(&[0x0f, 0x32]);
+    s.set_reg(RCX, APIC_BASE.into());
+    assert_eq!(s.exit_exactly(Exit::MsrRead(0)), Next::Quiet);
+    s.set_reg(RCX, 0x1234_5678);
+    assert_eq!(s.exit_exactly(Exit::MsrRead(0)), Next::Resume, "an exception is to be injected");
+    let _ = s.event();
+    s.code(&[0xe4, 0x42]);
+    assert_eq!(s.exit_exactly(Exit::Pio(Pio { len: 2, ..port(0x42, 1, true) })), Next::Quiet);
+    // A read and a write of a hole; the local APIC's registers are something else.
+    s.code(&[0x8b, 0x00]);
+    s.set_reg(RAX, HOLE);
+    assert_eq!(s.exit_exactly(Exit::NestedFault(access(HOLE, false))), Next::Quiet);
+    s.code(&[0x89, 0x08]);
+    s.set_reg(RAX, HOLE);
+    assert_eq!(s.exit_exactly(Exit::NestedFault(access(HOLE, true))), Next::Quiet);
+    s.code(&[0x89, 0x08]);
+    s.set_reg(RAX, MMIO_BASE + 0x80);
+    assert_eq!(s.exit_exactly(Exit::NestedFault(access(MMIO_BASE + 0x80, true))), Next::Resume);
+    // Single-stepping has an exception follow.
+    s.code(&[0x0f, 0xa2]);
+    s.hw(1, 0).with_state(|st| st.rflags |= Flags::TF);
+    assert_eq!(s.exit_exactly(Exit::Cpuid(0)), Next::Resume);
+}
+
+#[test]
 fn an_instruction_is_measured_in_the_words_it_lies_in() {
     let s = Setting::new();
     // In every place of a word, across words, and with other bytes behind it.
@@ -283,7 +320,7 @@ fn an_instruction_is_measured_in_the_words_it_lies_in() {
         s.code_at(at, &[0x48, 0x0f, 0xa2]);
         for _ in 0..2 {
             s.hw(1, 0).with_state(|st| st.rip = at);
-            assert_eq!(s.exit(Exit::Cpuid(0)), Next::Quiet);
+            assert_eq!(s.exit(Exit::Cpuid(0)), Next::Resume);
             assert_eq!(s.rip(), at + 3);
         }
         // Its last byte decides as well as its first.
@@ -756,12 +793,12 @@ fn the_hardware_domain_has_its_io_apic() {
     s.w.with_cx(0, 0, |cx| {
         (cx.st.regs.rbx, cx.st.regs.rcx) = (0xfec0_0000, 1);
         let f = Exit::NestedFault(access(0xfec0_0000, true));
-        assert_eq!(handle(cx, f), Next::Resume);
+        assert_eq!(handle(cx, f), Next::Quiet);
     });
     s.w.put(0, CODE + 2, &[0x8bu8, 0x43, 0x10]);
     s.w.with_cx(0, 0, |cx| {
         let f = Exit::NestedFault(access(0xfec0_0010, false));
-        assert_eq!(handle(cx, f), Next::Resume);
+        assert_eq!(handle(cx, f), Next::Quiet);
         assert_eq!(cx.st.regs.rax, 23 << 16 | 0x11);
     });
     // Nobody else has.

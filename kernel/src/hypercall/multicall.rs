@@ -50,14 +50,13 @@ impl Place {
     }
 
     #[inline]
-    fn read(&self, cx: &Cx<'_>, at: u64) -> Result<MulticallEntry, Errno> {
+    fn read(&self, cx: &Cx<'_>, at: u64, e: &mut MulticallEntry) -> Result<(), Errno> {
         let Some((start, page, _)) = &self.page else {
-            return cx.get(at);
+            *e = cx.get(at)?;
+            return Ok(());
         };
-        let mut e = MulticallEntry::new_zeroed();
         let r = cx.hv.hw.read(page.mfn(), (at - start) as usize, e.as_mut_bytes());
-        r.map_err(|_| Errno::EFAULT)?;
-        Ok(e)
+        r.map_err(|_| Errno::EFAULT)
     }
 
     #[inline]
@@ -66,7 +65,12 @@ impl Place {
             return cx.put(at.wrapping_add(8), &v);
         };
         self.written = true;
-        let r = cx.hv.hw.write(page.mfn(), (at - start) as usize + 8, v.as_bytes());
+        let offset = (at - start) as usize + 8;
+        let r = if offset.is_multiple_of(8) {
+            cx.hv.hw.store_u64(page.mfn(), offset, v)
+        } else {
+            cx.hv.hw.write(page.mfn(), offset, v.as_bytes())
+        };
         r.map_err(|_| Errno::EFAULT)
     }
 
@@ -89,13 +93,14 @@ pub fn multicall(cx: &mut Cx<'_>, [list, count, ..]: Args) -> Ret {
 }
 
 fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
+    let mut e = MulticallEntry::new_zeroed();
     for i in 0..count.min(BATCH) {
         let at = list.checked_add(i * ENTRY as u64).ok_or(Errno::EFAULT)?;
         if !place.covers(at) {
             place.leave(cx);
             *place = Place::at(cx, at)?;
         }
-        let mut e = place.read(cx, at)?;
+        place.read(cx, at, &mut e)?;
         let [a0, a1, a2, a3, a4, _] = e.args;
         let result = if e.op == u64::from(HYPERVISOR_MULTICALL) {
             // A list in a list would recurse.
@@ -112,7 +117,7 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
                 0,
             ])
         };
-        e.result = match result {
+        let result = match result {
             Ok(Outcome::Done(v)) => v,
             Ok(Outcome::Yield(v) | Outcome::Block(v)) => {
                 e.result = v;
@@ -132,7 +137,7 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
             Err(err) => err.as_ret(),
         };
         // Only the result is the caller's to see changed.
-        place.write_result(cx, at, e.result)?;
+        place.write_result(cx, at, result)?;
     }
     if count > BATCH {
         return Ok(Outcome::Again([

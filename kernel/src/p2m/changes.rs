@@ -239,8 +239,8 @@ impl<'a> Changes<'a> {
     pub fn unmap_grant(&mut self, gfn: Gfn, mfn: Mfn) -> Result<(), P2mError> {
         let p2m = self.p2m;
         let mut inner = p2m.inner.write();
-        let e = inner.table.lookup(p2m.frames.mem(), gfn);
-        if !P2mType::of(&e).is_grant() || e.mfn != mfn {
+        let (found, sw, _) = inner.table.peek(p2m.frames.mem(), gfn);
+        if !P2mType::from_sw(sw).is_grant() || found != mfn {
             // Whoever replaced it may not have flushed yet.
             self.flush.require();
             return Err(P2mError::NotMapped);
@@ -568,9 +568,9 @@ impl<'a> Changes<'a> {
         let mut ready = false;
         let mut at = g.get();
         while at < end {
-            let e = inner.table.lookup(p2m.frames.mem(), gfn(at));
-            let old = P2mType::of(&e);
-            let n = part(at, e.order, end);
+            let (mfn, sw, order) = inner.table.peek(p2m.frames.mem(), gfn(at));
+            let old = P2mType::from_sw(sw);
+            let n = part(at, order, end);
             if old.is_grant() && !grants {
                 return Err(P2mError::Busy);
             }
@@ -578,10 +578,10 @@ impl<'a> Changes<'a> {
                 p2m.ram_leaves(gfn(at), n);
             }
             if old.is_owned() || old.is_ref() {
-                self.part_with(e.mfn, n, old.is_owned())?;
+                self.part_with(mfn, n, old.is_owned())?;
             }
             dma_before |= old.dma().is_some();
-            ready = size == PageOrder::P4K && e.order == PageOrder::P4K;
+            ready = size == PageOrder::P4K && order == PageOrder::P4K;
             at += n;
         }
         // After this the table cannot fail, so that it and the IOMMU change together.

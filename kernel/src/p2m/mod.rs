@@ -105,8 +105,13 @@ impl P2mType {
 
     #[inline]
     fn of(e: &Entry) -> P2mType {
+        Self::from_sw(e.attrs.sw)
+    }
+
+    #[inline]
+    fn from_sw(sw: u8) -> P2mType {
         Self::ALL
-            .get(usize::from(e.attrs.sw))
+            .get(usize::from(sw))
             .copied()
             .unwrap_or(P2mType::None)
     }
@@ -506,20 +511,16 @@ impl P2m {
     /// What stands at a guest frame.
     #[inline]
     pub fn lookup(&self, gfn: Gfn) -> Lookup {
-        let e = self.inner.read().table.lookup(self.frames.mem(), gfn);
-        Lookup {
-            mfn: e.mfn,
-            ty: P2mType::of(&e),
-            order: e.order,
-        }
+        let (mfn, sw, order) = self.inner.read().table.peek(self.frames.mem(), gfn);
+        Lookup { mfn, ty: P2mType::from_sw(sw), order }
     }
 
     /// A hold on the memory at a guest frame, for copying from or to it.
     #[inline]
     pub fn get_page(&self, gfn: Gfn, want: Want) -> Result<Page, PageError> {
         let inner = self.inner.read();
-        let e = inner.table.lookup(self.frames.mem(), gfn);
-        let ty = P2mType::of(&e);
+        let (mfn, sw, _) = inner.table.peek(self.frames.mem(), gfn);
+        let ty = P2mType::from_sw(sw);
         if !ty.allows(want) {
             return Err(if ty.is_readable_ram() {
                 PageError::ReadOnly
@@ -529,7 +530,7 @@ impl P2m {
         }
         // The frame cannot go while the entry is there: entries are removed under the lock, and let
         // go of after that.
-        match PageRef::take(self.frames, e.mfn) {
+        match PageRef::take(self.frames, mfn) {
             Ok(frame) => Ok(Page { frame, ty }),
             Err(_) => Err(PageError::NotRam(ty)),
         }
