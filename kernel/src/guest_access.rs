@@ -105,8 +105,17 @@ impl Cx<'_> {
     #[inline]
     fn query(&self, gva: u64, access: Access) -> Query {
         let (mode, cr3) = self.st.hw.paging();
-        let gva = if mode == PagingMode::Long { gva } else { gva & 0xffff_ffff };
-        Query { gva, cr3, mode, access }
+        let gva = if mode == PagingMode::Long {
+            gva
+        } else {
+            gva & 0xffff_ffff
+        };
+        Query {
+            gva,
+            cr3,
+            mode,
+            access,
+        }
     }
 
     /// The page at a guest virtual address, held for an access that the hypervisor makes on behalf of
@@ -126,7 +135,8 @@ impl Cx<'_> {
             return Ok(());
         }
         let (gpa, page) = self.reach_as(gva, a, Want::Read)?;
-        hw.read(page.mfn(), gpa.offset(), buf).map_err(|_| WalkFault::NotRam(gpa))
+        hw.read(page.mfn(), gpa.offset(), buf)
+            .map_err(|_| WalkFault::NotRam(gpa))
     }
 
     fn reach_as(&self, gva: u64, access: Access, want: Want) -> Result<(Gpa, Page), WalkFault> {
@@ -149,7 +159,10 @@ impl Cx<'_> {
     /// Walks the guest's tables, and remembers the way.
     fn look_up(&self, q: &Query) -> Result<Gpa, WalkFault> {
         let &Query { gva, cr3, mode, .. } = q;
-        let mut trail = Trail::new(&self.dom.p2m, matches!(mode, PagingMode::Long | PagingMode::Pae));
+        let mut trail = Trail::new(
+            &self.dom.p2m,
+            matches!(mode, PagingMode::Long | PagingMode::Pae),
+        );
         let gpa = match mode {
             PagingMode::Off => return Ok(Gpa::new_truncate(gva)),
             PagingMode::Long => {
@@ -175,7 +188,13 @@ impl Cx<'_> {
         Ok(gpa)
     }
 
-    fn walk(&self, mut table: u64, mode: &Mode, q: &Query, trail: &mut Trail) -> Result<Gpa, WalkFault> {
+    fn walk(
+        &self,
+        mut table: u64,
+        mode: &Mode,
+        q: &Query,
+        trail: &mut Trail,
+    ) -> Result<Gpa, WalkFault> {
         let &Query { gva, access, .. } = q;
         let write = access.contains(Access::WRITE);
         let mut user_page = true;
@@ -306,7 +325,13 @@ impl Cx<'_> {
     /// Calls `f` with the frame and offset of so many bytes at a guest virtual address, if it is known
     /// where that leads and they lie in one page of ordinary RAM; see `WalkCache::with`.
     #[inline(always)]
-    fn at_once<R>(&self, gva: u64, len: usize, a: Access, f: impl FnOnce(Mfn, usize) -> R) -> Option<R> {
+    fn at_once<R>(
+        &self,
+        gva: u64,
+        len: usize,
+        a: Access,
+        f: impl FnOnce(Mfn, usize) -> R,
+    ) -> Option<R> {
         if gva as usize % PAGE_SIZE > PAGE_SIZE - len.min(PAGE_SIZE) {
             return None;
         }

@@ -59,7 +59,7 @@ pub fn run_once(hv: Hv) {
         }
         None => {
             let deadline = sooner(hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu));
-            hv.timers.arm(hv, cpu, deadline);
+            hv.timers.arm(hv, cpu, deadline, None);
             let start = hv.hw.now_ns();
             hv.hw.idle(&|| hv.sched.has_work(cpu));
             if let Some(c) = hv.cpus.get(cpu.0 as usize) {
@@ -101,7 +101,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
             if v.has_posted() {
                 serve_requests(&mut cx);
             }
-            crate::time::expire_own(&mut cx);
+            let now = crate::time::expire_own(&mut cx);
             if !v.runnable() || hv.sched.must_yield(hv, cpu) {
                 break;
             }
@@ -120,7 +120,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
             }
             let own = sooner(cx.st.next_deadline(), exit::apic::deadline(cx.st, hv));
             let cpus = sooner(hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu));
-            hv.timers.arm(hv, cpu, sooner(own, cpus));
+            hv.timers.arm(hv, cpu, sooner(own, cpus), now);
         }
         quiet = false;
 
@@ -214,7 +214,10 @@ pub(crate) fn serve_requests(cx: &mut Cx<'_>) {
         }
     }
     if asked & request::SIPI != 0 {
-        log::debug!("{v:?}: starts at page {:#x}", (asked >> request::SIPI_SHIFT) as u8);
+        log::debug!(
+            "{v:?}: starts at page {:#x}",
+            (asked >> request::SIPI_SHIFT) as u8
+        );
         cx.st
             .reset_to(&ArchState::at_sipi((asked >> request::SIPI_SHIFT) as u8));
     }

@@ -229,15 +229,16 @@ pub fn scheduled_out(cx: &mut Cx<'_>) {
     write_runstate(cx);
 }
 
-/// Serves the deadlines of the vCPU that runs here which have passed.
-pub fn expire_own(cx: &mut Cx<'_>) {
+/// Serves the deadlines of the vCPU that runs here which have passed. Gives the time, if it had to
+/// look.
+pub fn expire_own(cx: &mut Cx<'_>) -> Option<u64> {
     let t = &cx.st.timers;
     if t.singleshot.is_none()
         && t.periodic.is_none()
         && t.poll.is_none()
         && cx.st.lapic.timer_deadline().is_none()
     {
-        return;
+        return None;
     }
     let now = cx.hv.hw.now_ns();
     let t = &mut cx.st.timers;
@@ -262,7 +263,10 @@ pub fn expire_own(cx: &mut Cx<'_>) {
     if fire {
         crate::evtchn::raise_vcpu_virq(cx.hv, cx.dom, cx.vcpu, VIRQ_TIMER);
     }
-    crate::exit::apic::tick(cx, now);
+    if cx.st.lapic.timer_deadline().is_some() {
+        crate::exit::apic::tick(cx, now);
+    }
+    Some(now)
 }
 
 /// The runstate of another vCPU as far as it can be seen from here.

@@ -74,9 +74,13 @@ impl TimerQueues {
 
     /// Has the timer of `cpu`, the caller, fire at `deadline` (system time in ns, a past one at
     /// once) and not before. Everything that sets the timer goes through here.
+    ///
+    /// `now` is the time if the caller has looked since interrupts were last let in: a timer that has
+    /// gone off since then has its interrupt still coming.
     #[inline]
-    pub fn arm(&self, hv: Hv, cpu: CpuId, deadline: Option<u64>) {
-        if self.0.must_arm(cpu, deadline, || hv.hw.now_ns()) {
+    pub fn arm(&self, hv: Hv, cpu: CpuId, deadline: Option<u64>, now: Option<u64>) {
+        let now = || now.unwrap_or_else(|| hv.hw.now_ns());
+        if self.0.must_arm(cpu, deadline, now) {
             hv.hw.set_timer(deadline);
         }
     }

@@ -159,9 +159,13 @@ pub fn create_all(hv: Hv, d: &Arc<Domain>, n: u32) -> Result<(), Errno> {
     if n == 0 || n > d.config.max_vcpus {
         return Err(Errno::EINVAL);
     }
-    let cfg = VcpuConfig { nested_root: d.p2m.root().addr(), hardware_domain: d.config.hardware_domain };
+    let cfg = VcpuConfig {
+        nested_root: d.p2m.root().addr(),
+        hardware_domain: d.config.hardware_domain,
+    };
     let mut list = Vec::new();
-    list.try_reserve_exact(n as usize).map_err(|_| Errno::ENOMEM)?;
+    list.try_reserve_exact(n as usize)
+        .map_err(|_| Errno::ENOMEM)?;
     for id in 0..n {
         let hw = hv.hw.new_vcpu(&cfg).map_err(|_| Errno::ENOMEM)?;
         let unit = hv.sched.new_unit(&d.share).map_err(|_| Errno::ENOMEM)?;

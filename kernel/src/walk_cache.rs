@@ -190,7 +190,8 @@ impl WalkCache {
         }
         let mfn = s.mfn.get()?;
         let _held = p2m.hold();
-        s.holds(mem, p2m).then(|| f(mfn, q.gva as usize & (PAGE_SIZE - 1)))
+        s.holds(mem, p2m)
+            .then(|| f(mfn, q.gva as usize & (PAGE_SIZE - 1)))
     }
 
     /// Remembers where a walk led, before the page there is looked up.

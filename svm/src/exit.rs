@@ -393,11 +393,14 @@ mod tests {
 
     #[test]
     fn next_rip_gives_the_length() {
-        let len = |rip, next| match decode(code::CPUID, &Raw {
-            rip,
-            next_rip: Some(next),
-            ..Raw::default()
-        }) {
+        let len = |rip, next| match decode(
+            code::CPUID,
+            &Raw {
+                rip,
+                next_rip: Some(next),
+                ..Raw::default()
+            },
+        ) {
             Cause::Policy(Exit::Cpuid(n)) => n,
             other => panic!("{other:?}"),
         };
@@ -461,10 +464,13 @@ mod tests {
     #[test]
     fn what_the_crate_handles_itself() {
         let cause = |code| {
-            decode(code, &Raw {
+            decode(
                 code,
-                ..Raw::default()
-            })
+                &Raw {
+                    code,
+                    ..Raw::default()
+                },
+            )
         };
         for code in 0x20..0x40 {
             assert_eq!(cause(code), Cause::DebugRegister);

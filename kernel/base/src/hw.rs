@@ -442,7 +442,11 @@ pub trait HwVcpu: Send + Debug {
     }
     /// The linear address of the instruction pointer, not cut to the width of the code, and CR3.
     fn code_address(&self) -> (u64, u64) {
-        let base = if self.runs_long() { 0 } else { self.segment(Seg::Cs).base };
+        let base = if self.runs_long() {
+            0
+        } else {
+            self.segment(Seg::Cs).base
+        };
         (base.wrapping_add(self.rip()), self.cr(3))
     }
     /// Whether it executes 64-bit code.

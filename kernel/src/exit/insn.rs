@@ -80,14 +80,19 @@ struct Word {
 
 impl Default for Word {
     fn default() -> Self {
-        Word { at: Mpa::new_truncate(0), mask: 0, bytes: 0 }
+        Word {
+            at: Mpa::new_truncate(0),
+            mask: 0,
+            bytes: 0,
+        }
     }
 }
 
 impl Word {
     #[inline(always)]
     fn is_there(&self, hw: &dyn Platform) -> bool {
-        hw.load_u64(self.at.frame(), self.at.offset()).is_ok_and(|w| w & self.mask == self.bytes)
+        hw.load_u64(self.at.frame(), self.at.offset())
+            .is_ok_and(|w| w & self.mask == self.bytes)
     }
 }
 

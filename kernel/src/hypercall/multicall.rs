@@ -38,7 +38,10 @@ impl Place {
             return Ok(Place::default());
         }
         let (gpa, page) = cx.reach(at, Want::Write)?;
-        Ok(Place { page: Some((at - offset, page, gpa.frame())), written: false })
+        Ok(Place {
+            page: Some((at - offset, page, gpa.frame())),
+            written: false,
+        })
     }
 
     /// Whether an entry lies in the page.
@@ -55,7 +58,10 @@ impl Place {
             *e = cx.get(at)?;
             return Ok(());
         };
-        let r = cx.hv.hw.read(page.mfn(), (at - start) as usize, e.as_mut_bytes());
+        let r = cx
+            .hv
+            .hw
+            .read(page.mfn(), (at - start) as usize, e.as_mut_bytes());
         r.map_err(|_| Errno::EFAULT)
     }
 

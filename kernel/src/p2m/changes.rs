@@ -58,7 +58,9 @@ struct PartedList {
 impl PartedList {
     fn push(&mut self, p: Parted) -> Result<(), P2mError> {
         if let Some(last) = self.last {
-            self.before.try_reserve(1).map_err(|_| P2mError::Exhausted)?;
+            self.before
+                .try_reserve(1)
+                .map_err(|_| P2mError::Exhausted)?;
             self.before.push(last);
         }
         self.last = Some(p);

@@ -273,7 +273,10 @@ impl Page {
     /// A page of type [`P2mType::Ram`] that is held already.
     #[inline]
     pub(crate) fn of_ram(frame: PageRef) -> Page {
-        Page { frame, ty: P2mType::Ram }
+        Page {
+            frame,
+            ty: P2mType::Ram,
+        }
     }
 
     /// The frame.
@@ -322,7 +325,9 @@ impl Default for RamChanges {
 impl RamChanges {
     #[inline]
     fn count(&self, group: u8) -> u64 {
-        self.groups.get(usize::from(group)).map_or(0, |g| g.load(Ordering::SeqCst))
+        self.groups
+            .get(usize::from(group))
+            .map_or(0, |g| g.load(Ordering::SeqCst))
     }
 }
 
@@ -458,7 +463,11 @@ impl P2m {
             return false;
         }
         s.all = self.ram.all.load(Ordering::SeqCst);
-        let counts = s.groups.iter().take(s.len.into()).map(|g| self.ram.count(*g));
+        let counts = s
+            .groups
+            .iter()
+            .take(s.len.into())
+            .map(|g| self.ram.count(*g));
         // As every count only grows, the sum is the same only if each is.
         if counts.fold(0, u64::wrapping_add) != s.sum {
             return false;
@@ -512,7 +521,11 @@ impl P2m {
     #[inline]
     pub fn lookup(&self, gfn: Gfn) -> Lookup {
         let (mfn, sw, order) = self.inner.read().table.peek(self.frames.mem(), gfn);
-        Lookup { mfn, ty: P2mType::from_sw(sw), order }
+        Lookup {
+            mfn,
+            ty: P2mType::from_sw(sw),
+            order,
+        }
     }
 
     /// A hold on the memory at a guest frame, for copying from or to it.
@@ -538,11 +551,7 @@ impl P2m {
 
     /// The first entry at or after `from` that is not an empty hole, with its guest frame. `Err` says
     /// where to go on when the budget is spent.
-    pub fn next_entry(
-        &self,
-        from: Gfn,
-        budget: &mut Budget,
-    ) -> Result<Option<(Gfn, Lookup)>, Gfn> {
+    pub fn next_entry(&self, from: Gfn, budget: &mut Budget) -> Result<Option<(Gfn, Lookup)>, Gfn> {
         let inner = self.inner.read();
         let found = inner
             .table
@@ -566,12 +575,7 @@ impl P2m {
     /// new entry is made; grant mappings that are left are dropped.
     ///
     /// `freed` grows by the number of the domain's own frames that were released.
-    pub fn teardown(
-        &self,
-        budget: &mut Budget,
-        tlb: &dyn StageTwoFlush,
-        freed: &mut u64,
-    ) -> bool {
+    pub fn teardown(&self, budget: &mut Budget, tlb: &dyn StageTwoFlush, freed: &mut u64) -> bool {
         let start = self.inner.read().cursor;
         let mut range = start..Table::LIMIT;
         let mut c = self.changes();
