@@ -142,9 +142,21 @@ atomic!(a8, AtomicU8, 1);
 
 /// See [`galvan_base::hw::HostMem::all_equal`].
 pub fn all_equal(words: &[Cell<(Mpa, u64)>]) -> bool {
+    let (frames, ram) = (FRAMES.load(Ordering::Acquire), RAM.load(Ordering::Relaxed));
     words.iter().all(|w| {
         let (at, v) = w.get();
-        a64(at.frame(), at.offset()).is_ok_and(|a| a.load(Ordering::Acquire) == v)
+        let (a, f) = (at.get(), at.frame().get());
+        if a % 8 != 0 || f >= frames {
+            return false;
+        }
+        // SAFETY: as in `is_ram`.
+        let word = unsafe { ram.add((f / 64) as usize).read() };
+        if word & 1 << (f % 64) == 0 {
+            return false;
+        }
+        // SAFETY: aligned, and mapped RAM as in `a64`.
+        let cell = unsafe { &*crate::paging::direct_ptr(at).cast::<AtomicU64>() };
+        cell.load(Ordering::Acquire) == v
     })
 }
 

@@ -80,6 +80,7 @@ static TABLE: [Option<Handler>; TABLE_LEN] = {
 };
 
 /// Runs a hypercall by number. Also the way in for multicalls and host tests.
+#[inline(always)]
 pub fn dispatch(cx: &mut Cx<'_>, number: u64, args: Args) -> Ret {
     match usize::try_from(number).ok().and_then(|n| TABLE.get(n)) {
         Some(Some(h)) => h(cx, args),
@@ -91,6 +92,7 @@ pub fn dispatch(cx: &mut Cx<'_>, number: u64, args: Args) -> Ret {
 }
 
 /// Notes a call that is not implemented: once for each, as long as the guest's log budget lasts.
+#[cold]
 pub fn log_unknown(cx: &Cx<'_>, what: &str, number: u64, sub: u64) {
     if cx.dom.may_log_unknown(cx.hv, what, number) {
         log::info!("{:?}: {what} {number} ({sub}) is not implemented", cx.vcpu);
