@@ -98,10 +98,11 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
     loop {
         if !quiet {
             hv.timers.expire(hv, cpu);
+            // What is due may post an event, which is then served in the same round.
+            let now = crate::time::expire_own(&mut cx);
             if v.has_posted() {
                 serve_requests(&mut cx);
             }
-            let now = crate::time::expire_own(&mut cx);
             if !v.runnable() || hv.sched.must_yield(hv, cpu) {
                 break;
             }
