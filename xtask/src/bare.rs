@@ -147,6 +147,9 @@ fn multiboot(toolchain: Toolchain, debug: bool, hypervisor: &Path) -> Result<Pat
         "relocation-model=pic".to_owned(),
         "-C".to_owned(),
         "code-model=small".to_owned(),
+        // Of this loader alone; the hypervisor inside keeps its own.
+        "-C".to_owned(),
+        "strip=symbols".to_owned(),
         "-C".to_owned(),
         format!("link-arg=-T{}", script.display()),
     ];
