@@ -8,6 +8,7 @@ mod cpio;
 mod debian;
 mod dom0;
 mod esp;
+mod grub;
 mod image;
 mod initrd;
 mod paths;
