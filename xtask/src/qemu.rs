@@ -234,8 +234,10 @@ impl Machine {
             DiskBus::Ahci => format!("ide-hd,drive={id},bus=ide.{index}"),
             DiskBus::Usb => format!("usb-storage,drive={id}"),
         };
+        // QEMU's own loader comes first where it is to load something.
+        let bootindex = index + u32::from(self.direct.is_some());
         qemu.arg("-device")
-            .arg(format!("{device},bootindex={index}"));
+            .arg(format!("{device},bootindex={bootindex}"));
     }
 }
 
