@@ -1,6 +1,6 @@
 //! The hand-over: what a loader tells the hypervisor.
 //!
-//! A loader (the UEFI application of this crate, or the multiboot entry of the hypervisor image)
+//! A loader (the UEFI application or the multiboot image of this crate)
 //! fills one [`BootInfo`] and enters the image with a pointer to it in `rdi`. Everything the
 //! structure refers to is a *physical* range, so that neither side depends on the other's mapping
 //! of it; the accessors take a function from [`PhysRange`] to bytes, and thereby need no `unsafe`.
@@ -282,9 +282,13 @@ impl PixelFormat {
     pub const BGR: Self = Self(2);
     /// As the masks of [`FrameBuffer`] say.
     pub const MASKS: Self = Self(3);
+    /// No pixels but text of a VGA: each cell is a character and an attribute byte. Width, height
+    /// and stride count cells.
+    pub const TEXT: Self = Self(4);
 }
 
-/// A linear frame buffer (UEFI: the graphics output protocol's current mode).
+/// A linear frame buffer (UEFI: the graphics output protocol's current mode), or the text memory
+/// of a VGA ([`PixelFormat::TEXT`]).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct FrameBuffer {
@@ -416,7 +420,7 @@ impl BootInfo {
 
     /// Counts up with every change of layout or meaning. Loader and image come from one build
     /// (or one file), so only equality is good enough.
-    pub const VERSION: u32 = 1;
+    pub const VERSION: u32 = 2;
 
     /// A hand-over in which nothing is known but who made it.
     pub const fn new(loader: LoaderKind) -> Self {
@@ -574,10 +578,13 @@ mod tests {
             BootInfo { magic: 7, ..good }.check(),
             Err(BadBootInfo::Magic(7))
         );
-        let other = BootInfo { version: 2, ..good };
+        let other = BootInfo {
+            version: BootInfo::VERSION + 1,
+            ..good
+        };
         assert!(matches!(
             other.check(),
-            Err(BadBootInfo::Version { version: 2, .. })
+            Err(BadBootInfo::Version { .. })
         ));
         let other = BootInfo { size: 8, ..good };
         assert!(matches!(

@@ -1,11 +1,12 @@
-//! From the firmware's memory map to ours: EFI memory types to [`MemoryKind`], sorted, without
-//! overlaps, and with what the loader has put into memory marked.
+//! From the firmware's memory map to ours: EFI or E820 memory types to [`MemoryKind`], sorted,
+//! without overlaps, and with what the loader has put into memory marked.
 //!
 //! Runs after boot services have ended, so it works in a buffer that was allocated before and
 //! never needs more. UEFI specification, "EFI_BOOT_SERVICES.GetMemoryMap()" and, for the meaning
-//! of the types after the end of boot services, "Memory Allocation Services".
+//! of the types after the end of boot services, "Memory Allocation Services"; ACPI specification,
+//! "INT 15H, E820H - Query System Address Map".
 
-use crate::info::{MemoryKind, MemoryRange};
+use crate::info::{MemoryKind, MemoryRange, PhysRange};
 
 /// `EFI_MEMORY_WB`: the memory can be cached write-back.
 pub const EFI_MEMORY_WB: u64 = 1 << 3;
@@ -41,6 +42,18 @@ pub const fn kind_of(efi_type: u32, attributes: u64, keep_boot_services: bool) -
     }
 }
 
+/// What a type of a BIOS's address map is.
+pub const fn kind_of_e820(e820_type: u32) -> MemoryKind {
+    match e820_type {
+        1 => MemoryKind::USABLE,
+        3 => MemoryKind::ACPI_RECLAIMABLE,
+        4 => MemoryKind::ACPI_NVS,
+        5 => MemoryKind::UNUSABLE,
+        // Reserved, disabled, persistent, and what is yet to come.
+        _ => MemoryKind::RESERVED,
+    }
+}
+
 /// Entries a buffer needs for `efi_entries` descriptors and `overlays` ranges of our own: each
 /// range added to a map can split one in two.
 pub const fn capacity(efi_entries: usize, overlays: usize) -> usize {
@@ -60,6 +73,10 @@ pub struct MapBuilder<'a> {
 /// The buffer is too small for the map.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
+
+/// There is no free memory of that size and alignment.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoRoom;
 
 impl<'a> MapBuilder<'a> {
     /// An empty map that will grow in `buffer`.
@@ -84,6 +101,78 @@ impl<'a> MapBuilder<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Adds a BIOS's ranges `(first byte, bytes, type)`. Where they overlap, what is not free wins;
+    /// of what is free whole pages count.
+    pub fn add_e820(
+        &mut self,
+        ranges: impl Iterator<Item = (u64, u64, u32)> + Clone,
+    ) -> Result<(), Full> {
+        for free in [true, false] {
+            for (start, len, e820_type) in ranges.clone() {
+                let kind = kind_of_e820(e820_type);
+                if kind.is_reclaimable() != free {
+                    continue;
+                }
+                let end = start.saturating_add(len);
+                let (start, end) = if free {
+                    (
+                        start.checked_next_multiple_of(PAGE).unwrap_or(end),
+                        end & !(PAGE - 1),
+                    )
+                } else {
+                    (start, end)
+                };
+                self.overlay(MemoryRange::new(start, end.saturating_sub(start), kind, 0))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Finds `len` free bytes as high as possible below `below` and above the first MiB, at a
+    /// multiple of `align` (a power of two, at least a page), makes them `kind`, and gives the
+    /// address of the first.
+    pub fn take_highest(
+        &mut self,
+        len: u64,
+        align: u64,
+        below: u64,
+        kind: MemoryKind,
+    ) -> Result<u64, NoRoom> {
+        let len = len.checked_next_multiple_of(PAGE).ok_or(NoRoom)?;
+        let at = self
+            .entries()
+            .iter()
+            .filter(|entry| entry.kind == MemoryKind::USABLE)
+            .filter_map(|entry| {
+                let at = entry.end().min(below).checked_sub(len)? & !(align.max(PAGE) - 1);
+                (at >= entry.start.max(1 << 20)).then_some(at)
+            })
+            .max()
+            .ok_or(NoRoom)?;
+        self.mark(at, len, kind).map_err(|Full| NoRoom)?;
+        Ok(at)
+    }
+
+    /// Whether every byte of `range` is memory that is free or becomes free.
+    pub fn is_reclaimable(&self, range: PhysRange) -> bool {
+        let mut at = range.start;
+        for entry in self.entries() {
+            if entry.range().contains(at) && entry.kind.is_reclaimable() {
+                at = entry.end();
+            }
+        }
+        at >= range.end()
+    }
+
+    /// How far physical memory has to be mapped for the hand-over; see [`top_to_map`].
+    pub fn top_to_map(&self) -> u64 {
+        self.entries()
+            .iter()
+            .filter(|entry| entry.kind.is_ram() || entry.attributes & EFI_MEMORY_RUNTIME != 0)
+            .map(MemoryRange::end)
+            .fold(4 << 30, u64::max)
     }
 
     /// Says that `start..start + len` is `kind`, where it is memory at all; attributes stay. The
@@ -342,6 +431,57 @@ mod tests {
             false,
         );
         assert_eq!(map, [r(0x1000, 0x2000, MemoryKind::MODULE)]);
+    }
+
+    #[test]
+    fn a_bios_map_counts_whole_free_pages_and_every_byte_of_the_rest() {
+        let mut buffer = [MemoryRange::new(0, 0, MemoryKind::RESERVED, 0); 16];
+        let mut map = MapBuilder::new(&mut buffer);
+        let ranges = [
+            (0xf_0000, 0x1_0000, 2),
+            (0, 0x9_fc00, 1),
+            (0x9_fc00, 0x400, 2),
+            (0x10_0800, 0x7000, 1),
+            (0x10_3000, 0x800, 4),
+            (0x20_0000, 0x1000, 3),
+            (0x20_1000, 0x800, 1),
+            (!0xfff, u64::MAX, 5),
+        ];
+        map.add_e820(ranges.into_iter()).unwrap();
+        let r = |start, end, kind| MemoryRange::new(start, end - start, kind, 0);
+        assert_eq!(
+            map.finish(),
+            [
+                r(0, 0x9_f000, MemoryKind::USABLE),
+                r(0x9_fc00, 0xa_0000, MemoryKind::RESERVED),
+                r(0xf_0000, 0x10_0000, MemoryKind::RESERVED),
+                r(0x10_1000, 0x10_3000, MemoryKind::USABLE),
+                r(0x10_3000, 0x10_3800, MemoryKind::ACPI_NVS),
+                r(0x10_3800, 0x10_7000, MemoryKind::USABLE),
+                r(0x20_0000, 0x20_1000, MemoryKind::ACPI_RECLAIMABLE),
+                r(!0xfff, u64::MAX, MemoryKind::UNUSABLE),
+            ]
+        );
+    }
+
+    #[test]
+    fn memory_is_taken_from_the_top_and_once() {
+        let mut buffer = [MemoryRange::new(0, 0, MemoryKind::RESERVED, 0); 16];
+        let mut map = MapBuilder::new(&mut buffer);
+        map.add_e820([(0, 0xa_0000, 1), (0x10_0000, 0x70_0000, 1), (1 << 32, 1 << 30, 1)].into_iter())
+            .unwrap();
+        let image = MemoryKind::HYPERVISOR_IMAGE;
+        let mut take = |len, align| map.take_highest(len, align, 1 << 32, image);
+        assert_eq!(take(0x1001, 0x20_0000), Ok(0x60_0000));
+        assert_eq!(take(0x1000, 0x1000), Ok(0x7f_f000));
+        assert_eq!(take(0x20_0000, 0x20_0000), Ok(0x40_0000));
+        assert_eq!(take(0x30_0000, 0x1000), Ok(0x10_0000));
+        assert_eq!(take(0x20_0000, 0x20_0000), Err(NoRoom));
+        assert_eq!(take(u64::MAX, 0x1000), Err(NoRoom));
+        assert!(map.is_reclaimable(PhysRange::new(0x60_2000, 0x1f_d000)));
+        assert!(!map.is_reclaimable(PhysRange::new(0x60_2000, 0x1f_d001)));
+        assert!(!map.is_reclaimable(PhysRange::new(0x9_f000, 0x1001)));
+        assert_eq!(map.top_to_map(), 5 << 30);
     }
 
     #[test]

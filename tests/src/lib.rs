@@ -12,4 +12,4 @@ mod text;
 
 pub use echo::Echo;
 pub use console::{Console, Fault};
-pub use scenario::{Bus, Config, Emulator, Scenario, Start};
+pub use scenario::{Bus, Config, Emulator, Loader, Scenario, Start};

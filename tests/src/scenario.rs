@@ -15,6 +15,8 @@ pub struct Scenario {
     pub disabled: Option<&'static str>,
     /// What the machine starts from.
     pub start: Start,
+    /// Who loads the hypervisor.
+    pub loader: Loader,
     /// `galvan.cfg`.
     pub config: Config,
     /// Processors.
@@ -71,6 +73,22 @@ pub enum Start {
     Debian,
 }
 
+/// Who loads the hypervisor, and with that, which firmware the machine has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Loader {
+    /// `galvan.efi`, by UEFI.
+    Efi,
+    /// GRUB by multiboot2, on a BIOS. Options and command line are in `grub.cfg` then; only
+    /// [`Config::Usual`] and [`Start::Ramdisk`].
+    GrubBios,
+    /// GRUB by multiboot2, on UEFI, from the same disk.
+    GrubUefi,
+    /// QEMU by multiboot 1, on a BIOS.
+    Multiboot1,
+    /// The same without modules.
+    Multiboot1Alone,
+}
+
 /// `galvan.cfg` of the machine.
 #[derive(Debug, Clone, Copy)]
 pub enum Config {
@@ -101,6 +119,7 @@ impl Scenario {
             about,
             disabled: None,
             start,
+            loader: Loader::Efi,
             config: Config::Usual {
                 options: "",
                 cmdline: "",
@@ -121,6 +140,12 @@ impl Scenario {
     /// Takes it off the default list, for this reason.
     pub const fn disabled(mut self, reason: &'static str) -> Self {
         self.disabled = Some(reason);
+        self
+    }
+
+    /// With the hypervisor loaded by another than `galvan.efi`.
+    pub const fn by(mut self, loader: Loader) -> Self {
+        self.loader = loader;
         self
     }
 

@@ -2,7 +2,7 @@
 
 use anyhow::{Result, ensure};
 
-use crate::{Config, Console, Scenario, Start};
+use crate::{Config, Console, Loader, Scenario, Start};
 
 mod abuse;
 mod guests;
@@ -101,6 +101,56 @@ pub const ALL: &[Scenario] = &[
         abuse::guests,
     )
     .with_micro_guests(),
+    Scenario::new(
+        "multiboot1",
+        "on a BIOS, started by multiboot 1, Galvan runs the ramdisk's dom0 as by UEFI",
+        Start::Ramdisk(DOM0_INIT),
+        400,
+        multiboot1,
+    )
+    .by(Loader::Multiboot1),
+    Scenario::new(
+        "grub-bios",
+        "on a BIOS, started by GRUB, Galvan runs the ramdisk's dom0 as by UEFI",
+        Start::Ramdisk(DOM0_INIT),
+        400,
+        grub_bios,
+    )
+    .by(Loader::GrubBios),
+    Scenario::new(
+        "grub-uefi",
+        "on UEFI, started by GRUB, Galvan runs the ramdisk's dom0 as without GRUB",
+        Start::Ramdisk(DOM0_INIT),
+        400,
+        grub_uefi,
+    )
+    .by(Loader::GrubUefi),
+    Scenario::new(
+        "multiboot1-no-kernel",
+        "without modules the missing kernel is named",
+        Start::Ramdisk(DOM0_INIT),
+        60,
+        multiboot1_no_kernel,
+    )
+    .by(Loader::Multiboot1Alone),
+    Scenario::new(
+        "multiboot1-no-svm",
+        "started by multiboot, a processor without AMD-V is named",
+        Start::Ramdisk(DOM0_INIT),
+        60,
+        multiboot1_no_svm,
+    )
+    .by(Loader::Multiboot1)
+    .cpu("qemu64,-svm"),
+    Scenario::new(
+        "multiboot1-no-long-mode",
+        "a processor without 64-bit mode is named",
+        Start::Ramdisk(DOM0_INIT),
+        60,
+        multiboot1_no_long_mode,
+    )
+    .by(Loader::Multiboot1)
+    .cpu("qemu64,-lm"),
     Scenario::new(
         "dom0-debian",
         "Debian 13 comes up as dom0 from NVMe, with network, and switches the machine off",
@@ -212,6 +262,41 @@ fn dom0_ramdisk(c: &mut Console) -> Result<()> {
     );
     c.expect(r"DOM0-INIT-END", 10)?;
     c.expect_off(30)?;
+    Ok(())
+}
+
+fn multiboot1(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan: started by qemu \(multiboot\), 2 modules", 45)?;
+    c.expect(r"loaded by multiboot at 0x", 10)?;
+    dom0_ramdisk(c)
+}
+
+fn grub_bios(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules", 45)?;
+    c.expect(r"loaded by multiboot2 at 0x", 10)?;
+    dom0_ramdisk(c)
+}
+
+fn grub_uefi(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules", 90)?;
+    c.expect(r"loaded by multiboot2 at 0x", 10)?;
+    // EFI's own memory map came through.
+    c.expect(r"memory 0x[0-9a-f]+-0x[0-9a-f]+ EFI runtime code", 10)?;
+    dom0_ramdisk(c)
+}
+
+fn multiboot1_no_kernel(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan: dom0's kernel is missing: it has to be the first module", 45)?;
+    Ok(())
+}
+
+fn multiboot1_no_svm(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan: [^\n]*(neither SVM nor VMX|neither AMD-V)", 45)?;
+    Ok(())
+}
+
+fn multiboot1_no_long_mode(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan: this processor has no 64-bit mode", 45)?;
     Ok(())
 }
 

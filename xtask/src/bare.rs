@@ -23,6 +23,8 @@ pub struct Built {
     pub hypervisor: PathBuf,
     /// The UEFI application that carries it.
     pub efi: PathBuf,
+    /// The multiboot image that carries it, for GRUB.
+    pub multiboot: PathBuf,
 }
 
 /// Who compiles for the bare machine.
@@ -90,7 +92,7 @@ pub fn guest(name: &str) -> Result<PathBuf> {
     artefact(HYPERVISOR_TARGET, false, name)
 }
 
-/// Builds the hypervisor and the UEFI application.
+/// Builds the hypervisor and its two loaders, the UEFI application and the multiboot image.
 pub fn build(debug: bool) -> Result<Built> {
     let toolchain = Toolchain::find().context(
         "no compiler for the bare machine; `cargo xtask setup` says what to install for it",
@@ -132,7 +134,44 @@ pub fn build(debug: bool) -> Result<Built> {
     let efi = paths::out().join("galvan.efi");
     std::fs::create_dir_all(paths::out())?;
     std::fs::copy(&built, &efi).with_context(|| format!("cannot write {}", efi.display()))?;
-    Ok(Built { hypervisor, efi })
+
+    let multiboot = multiboot(toolchain, debug, &hypervisor)?;
+    Ok(Built { hypervisor, efi, multiboot })
+}
+
+/// The multiboot image: as GRUB and QEMU load it, and as `galvan.gz` beside it for `/boot`.
+fn multiboot(toolchain: Toolchain, debug: bool, hypervisor: &Path) -> Result<PathBuf> {
+    let script = paths::root().join("boot/src/multiboot/link.ld");
+    let flags = [
+        "-C".to_owned(),
+        "relocation-model=pic".to_owned(),
+        "-C".to_owned(),
+        "code-model=small".to_owned(),
+        // Of this loader alone; the hypervisor inside keeps its own.
+        "-C".to_owned(),
+        "strip=symbols".to_owned(),
+        "-C".to_owned(),
+        format!("link-arg=-T{}", script.display()),
+    ];
+    let mut cargo = cargo(toolchain, HYPERVISOR_TARGET, debug);
+    cargo.args([
+        "-p",
+        "galvan-boot",
+        "--features",
+        "multiboot",
+        "--bin",
+        "galvan-multiboot",
+    ]);
+    cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
+    cargo.env("GALVAN_IMAGE", hypervisor);
+    sh::through(&mut cargo).context("the multiboot image does not build")?;
+    let built = artefact(HYPERVISOR_TARGET, debug, "galvan-multiboot")?;
+    let multiboot = paths::out().join("galvan");
+    std::fs::copy(&built, &multiboot)
+        .with_context(|| format!("cannot write {}", multiboot.display()))?;
+    // -n: the same bytes from the same sources.
+    sh::quiet(Command::new("gzip").args(["-9", "-n", "-k", "-f"]).arg(&multiboot))?;
+    Ok(multiboot)
 }
 
 fn cargo(toolchain: Toolchain, target: &str, debug: bool) -> Command {

@@ -64,6 +64,9 @@ pub struct Args {
     /// Boot this UEFI application instead of building Galvan (stock xen.efi, say; its configuration is BOOTX64.CFG).
     #[arg(long)]
     efi: Option<PathBuf>,
+    /// Start the multiboot image on a machine with a BIOS, without a boot loader: QEMU loads it.
+    #[arg(long, conflicts_with = "efi")]
+    multiboot: bool,
     /// Reboot where the machine is told to, instead of ending.
     #[arg(long)]
     reboot: bool,
@@ -75,11 +78,22 @@ pub struct Args {
 /// Builds, boots, and waits for the machine to go off.
 pub fn boot(args: Args) -> Result<()> {
     setup::ensure(setup::FOR_RUN)?;
+    let options = format!("{} {}", args.options, args.more_options);
+    let mut direct = None;
     let (efi, config_name) = match args.efi {
         Some(efi) => (efi, "BOOTX64.CFG"),
-        None => (bare::build(args.debug)?.efi, "galvan.cfg"),
+        None => {
+            let built = bare::build(args.debug)?;
+            direct = args.multiboot.then(|| qemu::Direct {
+                kernel: built.multiboot,
+                append: options.trim_end().to_owned(),
+                modules: std::iter::once((args.kernel.clone(), args.cmdline.clone()))
+                    .chain(args.initrd.clone().map(|initrd| (initrd, String::new())))
+                    .collect(),
+            });
+            (built.efi, "galvan.cfg")
+        }
     };
-    let options = format!("{} {}", args.options, args.more_options);
     let contents = esp::Contents {
         efi,
         config: esp::config(options.trim_end(), &args.cmdline, args.initrd.is_some()),
@@ -103,6 +117,8 @@ pub fn boot(args: Args) -> Result<()> {
     machine.iommu = !args.no_iommu;
     machine.snapshot = args.snapshot;
     machine.no_reboot = !args.reboot;
+    machine.bios = direct.is_some();
+    machine.direct = direct;
     machine.extra = args.qemu_arg;
     if args.gdb {
         eprintln!("waiting for a debugger: gdb -ex 'target remote :1234'");

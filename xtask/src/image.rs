@@ -9,7 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::cache::Key;
 use crate::dom0::{self, Dom0};
 use crate::run::Hypervisor;
-use crate::{esp, paths, setup, sh};
+use crate::{esp, grub, paths, setup, sh};
 
 /// Size of the image unless another is asked for, MiB.
 pub const DEFAULT_MIB: u64 = 4096;
@@ -37,26 +37,38 @@ pub struct Args {
     /// dom0's kernel command line in galvan.cfg.
     #[arg(long, default_value = dom0::CMDLINE)]
     cmdline: String,
+    /// GRUB as boot loader, for BIOS and for UEFI machines; options and command line are then in
+    /// grub.cfg.
+    #[arg(long)]
+    grub: bool,
 }
 
 /// Builds everything and writes the image where it was asked for.
 pub fn image(args: &Args) -> Result<()> {
-    setup::ensure(setup::FOR_IMAGE)?;
+    setup::ensure(if args.grub { setup::FOR_GRUB } else { setup::FOR_IMAGE })?;
     let root = root_mib(args.size)?;
     let hypervisor = Hypervisor::galvan()?;
     let dom0 = dom0::make(root)?;
-    let contents = hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, Some(&dom0.initrd));
+    let contents = if args.grub {
+        hypervisor.grub_contents(&args.options, &args.cmdline, &dom0.kernel, Some(&dom0.initrd))?
+    } else {
+        hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, Some(&dom0.initrd))
+    };
     if args.out.exists() && !fs::metadata(&args.out)?.is_file() {
         bail!(
             "{} is not a file; write the image to one, and that to the disk",
             args.out.display()
         );
     }
-    write_disk(&args.out, args.size << 20, &dom0)?;
+    write_disk(&args.out, args.size << 20, &dom0, args.grub)?;
     esp::fill(&args.out, ALIGN_MIB << 20, &contents)?;
+    if args.grub {
+        grub::install_bios(&args.out)?;
+    }
     eprintln!(
-        "{}: write it to a USB stick or a disk (dd, bs=4M) and start a UEFI machine from it",
-        args.out.display()
+        "{}: write it to a USB stick or a disk (dd, bs=4M) and start a {} machine from it",
+        args.out.display(),
+        if args.grub { "BIOS or UEFI" } else { "UEFI" }
     );
     Ok(())
 }
@@ -70,11 +82,24 @@ pub fn for_emulator(contents: &esp::Contents, dom0: &Dom0) -> Result<PathBuf> {
     if !out.exists() || fs::read_to_string(&stamp).ok().as_deref() != Some(&from) {
         let _ = fs::remove_file(&stamp);
         fs::create_dir_all(paths::out())?;
-        write_disk(&out, DEFAULT_MIB << 20, dom0)?;
+        write_disk(&out, DEFAULT_MIB << 20, dom0, false)?;
         fs::write(&stamp, from)?;
     }
     esp::fill(&out, ALIGN_MIB << 20, contents)?;
     Ok(out)
+}
+
+/// Writes a disk that GRUB starts from on BIOS and UEFI machines, with an EFI system partition that
+/// holds `contents` and nothing else.
+pub fn write_small_grub(out: &Path, contents: &esp::Contents) -> Result<()> {
+    let size = (ESP_MIB + 2 * ALIGN_MIB) << 20;
+    File::create(out)
+        .and_then(|file| file.set_len(size))
+        .with_context(|| format!("cannot write {}", out.display()))?;
+    partition(out, size, None, true)?;
+    esp::format(out, ALIGN_MIB << 20, ESP_MIB << 20)?;
+    esp::fill(out, ALIGN_MIB << 20, contents)?;
+    grub::install_bios(out)
 }
 
 /// Such an image as a file of its own.
@@ -101,20 +126,21 @@ fn root_mib(size: u64) -> Result<u64> {
 }
 
 /// Writes a disk of `size` bytes: partition table, empty EFI system partition, dom0's root.
-fn write_disk(out: &Path, size: u64, dom0: &Dom0) -> Result<()> {
+fn write_disk(out: &Path, size: u64, dom0: &Dom0, grub: bool) -> Result<()> {
     let step = sh::Step::start(format!("disk image {}", out.display()));
     let file = File::create(out).with_context(|| format!("cannot write {}", out.display()))?;
     file.set_len(size)?;
     drop(file);
-    partition(out, size, fs::metadata(&dom0.root)?.len())?;
+    partition(out, size, Some(fs::metadata(&dom0.root)?.len()), grub)?;
     esp::format(out, ALIGN_MIB << 20, ESP_MIB << 20)?;
     write_sparse(&dom0.root, out, (ALIGN_MIB + ESP_MIB) << 20)?;
     step.done();
     Ok(())
 }
 
-/// Writes a GPT with an EFI system partition and a root partition of `root` bytes.
-fn partition(image: &Path, size: u64, root: u64) -> Result<()> {
+/// Writes a GPT with an EFI system partition, a root partition of `root` bytes, and for GRUB a BIOS
+/// boot partition in front of both, which comes last in the table.
+fn partition(image: &Path, size: u64, root: Option<u64>, grub: bool) -> Result<()> {
     let sectors = size / SECTOR;
     let mut device = OpenOptions::new().read(true).write(true).open(image)?;
     let mbr = gpt::mbr::ProtectiveMBR::with_lb_size(u32::try_from(sectors - 1).unwrap_or(u32::MAX));
@@ -136,15 +162,28 @@ fn partition(image: &Path, size: u64, root: u64) -> Result<()> {
         0,
     )
     .context("cannot add the EFI system partition")?;
-    disk.add_partition_at(
-        dom0::ROOT_LABEL,
-        2,
-        first + esp,
-        root / SECTOR,
-        gpt::partition_types::LINUX_ROOT_X64,
-        0,
-    )
-    .context("cannot add the root partition")?;
+    if let Some(root) = root {
+        disk.add_partition_at(
+            dom0::ROOT_LABEL,
+            2,
+            first + esp,
+            root / SECTOR,
+            gpt::partition_types::LINUX_ROOT_X64,
+            0,
+        )
+        .context("cannot add the root partition")?;
+    }
+    if grub {
+        disk.add_partition_at(
+            "BIOS boot partition",
+            3,
+            grub::BIOS_BOOT,
+            grub::BIOS_BOOT_SECTORS,
+            gpt::partition_types::BIOS,
+            0,
+        )
+        .context("cannot add the BIOS boot partition")?;
+    }
     disk.write().context("cannot write the partition table")?;
     Ok(())
 }
@@ -199,12 +238,12 @@ mod tests {
     }
 
     #[test]
-    fn partition_table_is_read_back_with_both_partitions() {
+    fn partition_table_is_read_back_with_all_partitions() {
         let image = sh::scratch("img").unwrap();
         let size = 2048 << 20;
         let root = root_mib(2048).unwrap() << 20;
         File::create(&image).unwrap().set_len(size).unwrap();
-        partition(&image, size, root).unwrap();
+        partition(&image, size, Some(root), true).unwrap();
         let disk = gpt::GptConfig::new().open(&image).unwrap();
         let found: Vec<_> = disk
             .partitions()
@@ -215,7 +254,7 @@ mod tests {
         let esp_end = ((ALIGN_MIB + ESP_MIB) << 20) / SECTOR;
         assert_eq!(
             found,
-            [(2048, esp_end - 1), (esp_end, esp_end + root / SECTOR - 1)]
+            [(2048, esp_end - 1), (esp_end, esp_end + root / SECTOR - 1), (34, 2047)]
         );
     }
 

@@ -10,6 +10,7 @@ mod debian;
 mod dom0;
 mod esp;
 mod fuzz;
+mod grub;
 mod image;
 mod initrd;
 mod paths;
@@ -39,7 +40,7 @@ struct Cli {
 enum Task {
     /// Install what the other tasks need, or say what is missing.
     Setup,
-    /// Build the hypervisor and galvan.efi.
+    /// Build the hypervisor, galvan.efi, and galvan.gz for GRUB.
     Build {
         /// Without optimisation.
         #[arg(long)]
@@ -78,6 +79,7 @@ fn perform(task: Task) -> Result<()> {
             let built = bare::build(debug)?;
             println!("{}", built.hypervisor.display());
             println!("{}", built.efi.display());
+            println!("{}.gz", built.multiboot.display());
             Ok(())
         }
         Task::Image(args) => image::image(&args),

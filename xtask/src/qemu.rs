@@ -66,6 +66,17 @@ pub enum DiskBus {
     Usb,
 }
 
+/// A multiboot image that QEMU loads itself.
+#[derive(Debug, Clone)]
+pub struct Direct {
+    /// The image.
+    pub kernel: PathBuf,
+    /// Its command line.
+    pub append: String,
+    /// Modules and their command lines.
+    pub modules: Vec<(PathBuf, String)>,
+}
+
 /// A machine to start.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -77,6 +88,10 @@ pub struct Machine {
     pub mem: u32,
     /// CPU model, when not the accelerator's usual one.
     pub cpu: Option<String>,
+    /// Whether its firmware is a BIOS (SeaBIOS), and not UEFI (OVMF).
+    pub bios: bool,
+    /// What to start in place of the disk; for machines with a BIOS.
+    pub direct: Option<Direct>,
     /// The disk the firmware boots from.
     pub boot: PathBuf,
     /// Where that disk hangs.
@@ -109,6 +124,8 @@ impl Machine {
             smp: 2,
             mem: 4096,
             cpu: None,
+            bios: false,
+            direct: None,
             boot: boot.to_owned(),
             boot_bus: DiskBus::Nvme,
             data: None,
@@ -124,7 +141,6 @@ impl Machine {
 
     /// QEMU's command line for it.
     pub fn command(&self) -> Result<Command> {
-        let (code, vars) = firmware()?;
         let mut qemu = Command::new(binary()?);
         match self.accel {
             Accel::Kvm => qemu.args([
@@ -155,11 +171,25 @@ impl Machine {
         if self.iommu {
             qemu.args(["-device", "amd-iommu"]);
         }
-        for (unit, file, readonly) in [(0, &code, "on"), (1, &vars, "off")] {
-            qemu.arg("-drive").arg(format!(
-                "if=pflash,unit={unit},format=raw,readonly={readonly},file={}",
-                escaped(file)
-            ));
+        if !self.bios {
+            let (code, vars) = firmware()?;
+            for (unit, file, readonly) in [(0, &code, "on"), (1, &vars, "off")] {
+                qemu.arg("-drive").arg(format!(
+                    "if=pflash,unit={unit},format=raw,readonly={readonly},file={}",
+                    escaped(file)
+                ));
+            }
+        }
+        if let Some(direct) = &self.direct {
+            qemu.arg("-kernel").arg(&direct.kernel).args(["-append", &direct.append]);
+            let modules: Vec<String> = direct
+                .modules
+                .iter()
+                .map(|(file, cmdline)| format!("{} {}", escaped(file), cmdline.replace(',', ",,")).trim_end().to_owned())
+                .collect();
+            if !modules.is_empty() {
+                qemu.args(["-initrd", &modules.join(",")]);
+            }
         }
         self.disk(&mut qemu, "boot", &self.boot, self.boot_bus, 0);
         if let Some(data) = &self.data {
@@ -204,8 +234,10 @@ impl Machine {
             DiskBus::Ahci => format!("ide-hd,drive={id},bus=ide.{index}"),
             DiskBus::Usb => format!("usb-storage,drive={id}"),
         };
+        // QEMU's own loader comes first where it is to load something.
+        let bootindex = index + u32::from(self.direct.is_some());
         qemu.arg("-device")
-            .arg(format!("{device},bootindex={index}"));
+            .arg(format!("{device},bootindex={bootindex}"));
     }
 }
 

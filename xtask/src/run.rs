@@ -3,7 +3,7 @@
 
 use std::net::TcpListener;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::{bare, bochs, debian, dom0, esp, image, paths, qemu, setup, sh, terminal, toolstack};
 
@@ -49,6 +49,8 @@ pub struct Args {
 #[derive(Debug)]
 pub struct Hypervisor {
     efi: std::path::PathBuf,
+    /// The multiboot image; stock Xen has one too, but is not booted by it here.
+    pub multiboot: Option<std::path::PathBuf>,
     config_name: &'static str,
     more_options: &'static str,
 }
@@ -56,8 +58,10 @@ pub struct Hypervisor {
 impl Hypervisor {
     /// Galvan, built now.
     pub fn galvan() -> Result<Self> {
+        let built = bare::build(false)?;
         Ok(Self {
-            efi: bare::build(false)?.efi,
+            efi: built.efi,
+            multiboot: Some(built.multiboot),
             config_name: "galvan.cfg",
             more_options: "",
         })
@@ -67,6 +71,7 @@ impl Hypervisor {
     pub fn stock() -> Result<Self> {
         Ok(Self {
             efi: debian::stock_xen(&debian::Archive::open()?)?,
+            multiboot: None,
             config_name: "BOOTX64.CFG",
             more_options: " dom0=pvh",
         })
@@ -88,6 +93,18 @@ impl Hypervisor {
             initrd: initrd.map(std::path::Path::to_owned),
             more: Vec::new(),
         }
+    }
+
+    /// The same to start it with GRUB.
+    pub fn grub_contents(
+        &self,
+        options: &str,
+        cmdline: &str,
+        kernel: &std::path::Path,
+        initrd: Option<&std::path::Path>,
+    ) -> Result<esp::Contents> {
+        let multiboot = self.multiboot.as_deref().context("only Galvan is started by GRUB here")?;
+        crate::grub::contents(multiboot, options, cmdline, kernel, initrd)
     }
 }
 

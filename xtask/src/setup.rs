@@ -23,12 +23,16 @@ pub enum Need {
     Emulator,
     /// Bochs and its firmware.
     Bochs,
+    /// GRUB's modules, and what puts them together.
+    Grub,
 }
 
 /// What `build` needs.
 pub const FOR_BUILD: &[Need] = &[Need::BareToolchain];
 /// What `image` needs.
 pub const FOR_IMAGE: &[Need] = &[Need::BareToolchain, Need::Images];
+/// What `image --grub` needs.
+pub const FOR_GRUB: &[Need] = &[Need::BareToolchain, Need::Images, Need::Grub];
 /// What `run` and `test` need.
 pub const FOR_RUN: &[Need] = &[Need::BareToolchain, Need::Images, Need::Emulator];
 /// What machines in Bochs need.
@@ -66,6 +70,13 @@ const IMAGES: &[(&str, &str)] = &[
     ),
 ];
 
+/// The same for GRUB; none of these packages touches the machine's own boot loader.
+const GRUB: &[(&str, &str)] = &[
+    ("grub-mkimage", "grub-common"),
+    ("/usr/lib/grub/i386-pc/boot.img", "grub-pc-bin"),
+    ("/usr/lib/grub/x86_64-efi/kernel.img", "grub-efi-amd64-bin"),
+];
+
 fn missing(needs: &[Need]) -> Vec<String> {
     let mut packages = BTreeSet::new();
     for need in needs {
@@ -83,6 +94,10 @@ fn missing(needs: &[Need]) -> Vec<String> {
                     packages.extend((!found("newuidmap")).then_some("uidmap"));
                     packages.extend((!found("fakeroot")).then_some("fakeroot"));
                 }
+            }
+            Need::Grub => {
+                let found = |what: &str| paths::which(what).is_some();
+                packages.extend(GRUB.iter().filter(|(w, _)| !found(w)).map(|(_, p)| *p));
             }
             Need::Emulator => {
                 if env::var_os("QEMU").is_none() && paths::which("qemu-system-x86_64").is_none() {

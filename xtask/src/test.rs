@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use galvan_tests::{Bus, Config, Console, Emulator, Scenario, Start, scenarios};
+use galvan_tests::{Bus, Config, Console, Emulator, Loader, Scenario, Start, scenarios};
 use scenarios::matrix;
 
 use crate::cpio::Cpio;
@@ -85,6 +85,8 @@ pub fn test(args: &Args) -> Result<()> {
             .chain(processors)
             .filter(|s| args.filter.as_deref().is_none_or(|f| s.name.contains(f)))
             .filter(|s| s.disabled.is_none() || args.all || named(s))
+            // Stock Xen is started by UEFI here.
+            .filter(|s| !args.stock || s.loader == Loader::Efi)
             .collect();
         if !chosen.is_empty() {
             machines(&chosen, args.stock, &mut count)?;
@@ -193,9 +195,10 @@ fn machines(chosen: &[&Scenario], stock: bool, count: &mut Count) -> Result<()> 
             }
             // Things that must be there before the clock of the scenario starts.
             let boot = parts.boot_disk(scenario)?;
+            let direct = parts.direct(scenario)?;
             let results = results.clone();
             scope.spawn(move || {
-                let outcome = Outcome::of(scenario, &boot, stock);
+                let outcome = Outcome::of(scenario, &boot, direct, stock);
                 // Nobody listens only when the whole run has failed.
                 let _ = results.send(outcome);
                 let _ = fs::remove_file(&boot);
@@ -220,11 +223,11 @@ struct Outcome {
 
 impl Outcome {
     /// Plays it.
-    fn of(scenario: &Scenario, boot: &Path, stock: bool) -> Self {
+    fn of(scenario: &Scenario, boot: &Path, direct: Option<qemu::Direct>, stock: bool) -> Self {
         let log = paths::test_logs().join(format!("{}.log", scenario.name));
         let start = Instant::now();
         let mut findings = Vec::new();
-        let result = perform(scenario, boot, stock, &log, &mut findings);
+        let result = perform(scenario, boot, direct, stock, &log, &mut findings);
         Self {
             name: scenario.name,
             log,
@@ -255,6 +258,25 @@ fn report(outcome: Outcome, count: &mut Count) {
 }
 
 impl Parts {
+    /// What QEMU itself loads, for scenarios in which it does.
+    fn direct(&self, scenario: &Scenario) -> Result<Option<qemu::Direct>> {
+        let Start::Ramdisk(init) = scenario.start else { return Ok(None) };
+        let modules = match scenario.loader {
+            Loader::Multiboot1 => {
+                let (kernel, initrd) = dom0::ramdisk("test", init)?;
+                vec![(kernel, "console=hvc0".to_owned()), (initrd, String::new())]
+            }
+            Loader::Multiboot1Alone => Vec::new(),
+            Loader::Efi | Loader::GrubBios | Loader::GrubUefi => return Ok(None),
+        };
+        let kernel = self.hypervisor.multiboot.clone();
+        Ok(Some(qemu::Direct {
+            kernel: kernel.context("only Galvan is started by multiboot here")?,
+            append: boot::OPTIONS.to_owned(),
+            modules,
+        }))
+    }
+
     fn boot_disk(&mut self, scenario: &Scenario) -> Result<PathBuf> {
         let (options, cmdline) = match scenario.config {
             Config::Usual { options, cmdline } => (options, cmdline),
@@ -279,6 +301,18 @@ impl Parts {
             Start::Ramdisk(init) => {
                 let (kernel, initrd) = dom0::ramdisk("test", init)?;
                 let cmdline = format!("console=hvc0 {cmdline}");
+                if matches!(scenario.loader, Loader::GrubBios | Loader::GrubUefi) {
+                    setup::ensure(setup::FOR_GRUB)?;
+                    let contents = self.hypervisor.grub_contents(
+                        options,
+                        cmdline.trim_end(),
+                        &kernel,
+                        Some(&initrd),
+                    )?;
+                    let disk = paths::out().join(format!("test-{}.img", scenario.name));
+                    image::write_small_grub(&disk, &contents)?;
+                    return Ok(disk);
+                }
                 let contents =
                     self.hypervisor
                         .contents(options, cmdline.trim_end(), &kernel, Some(&initrd));
@@ -375,6 +409,7 @@ fn qemu_machine(scenario: &Scenario, disk: &Path, stock: bool) -> qemu::Machine 
     machine.mem = scenario.mem;
     machine.cpu = scenario.cpu.map(str::to_owned);
     machine.iommu = scenario.iommu;
+    machine.bios = !matches!(scenario.loader, Loader::Efi | Loader::GrubUefi);
     machine.one_thread = !stock;
     // Every scenario starts from the same disk.
     machine.snapshot = true;
@@ -385,6 +420,7 @@ fn qemu_machine(scenario: &Scenario, disk: &Path, stock: bool) -> qemu::Machine 
 fn perform(
     scenario: &Scenario,
     disk: &Path,
+    direct: Option<qemu::Direct>,
     stock: bool,
     log: &Path,
     findings: &mut Vec<String>,
@@ -393,7 +429,9 @@ fn perform(
     let limit = Duration::from_secs(scenario.limit);
     let (running, mut console): (Box<dyn Any>, Console) = match scenario.emulator {
         Emulator::Qemu => {
-            let mut qemu = qemu_machine(scenario, disk, stock).command()?;
+            let mut machine = qemu_machine(scenario, disk, stock);
+            machine.direct = direct;
+            let mut qemu = machine.command()?;
             qemu.stdin(Stdio::piped())
                 .stdout(Stdio::piped())
                 .stderr(log_file.try_clone()?);

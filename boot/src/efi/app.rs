@@ -18,9 +18,11 @@ use uefi::proto::loaded_image::LoadedImage;
 use uefi::runtime::{self, ResetType};
 use uefi::{Status, println};
 
+use crate::edge::enter::{GDT, State};
+use crate::edge::processor::ThisProcessor;
 use crate::failure::Failure;
 use crate::files::{Loaded, Origin};
-use crate::firmware::{self, Tables, ThisProcessor};
+use crate::firmware::{self, Tables};
 use crate::handover::{self, Jump};
 use crate::memory::{Arena, Pages, TableFrames};
 
@@ -253,9 +255,9 @@ fn start(origin: &mut Origin, options: &LoadOptions<'_>, choice: &Choice) -> Res
         choice.ramdisk.as_ref().map(|file| &file.cmdline),
     ];
     let texts_len: usize = texts.iter().flatten().map(|text| text.len() + 16).sum();
-    let mut arena = Arena::new(size_of_val(&handover::GDT) + 16 + texts_len)?;
+    let mut arena = Arena::new(size_of_val(&GDT) + 16 + texts_len)?;
     let gdt = arena
-        .put(&handover::GDT.map(u64::to_le_bytes).concat())?
+        .put(&GDT.map(u64::to_le_bytes).concat())?
         .start;
     info.cmdline = arena.put(choice.options.as_bytes())?;
     info.dom0_kernel = Module {
@@ -292,10 +294,12 @@ fn start(origin: &mut Origin, options: &LoadOptions<'_>, choice: &Choice) -> Res
 
     println!("galvan.efi: starting the hypervisor");
     let jump = Jump {
-        cr3,
-        stack: stack.range(),
-        entry: plan.entry(),
-        gdt,
+        state: State {
+            cr3,
+            stack: stack.range(),
+            entry: plan.entry(),
+            gdt,
+        },
         keep_boot_services: options.keep_boot_services,
         marks: [
             (info.image.phys, MemoryKind::HYPERVISOR_IMAGE),

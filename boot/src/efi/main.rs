@@ -3,7 +3,7 @@
 //! It reads `galvan.cfg` from its own directory, loads dom0's kernel and ramdisk, puts the
 //! hypervisor's image into place, ends boot services and jumps. All decisions are in the library
 //! `galvan_boot`; here is what touches firmware ([`firmware`], [`files`]), memory ([`memory`]) and
-//! the processor ([`handover`]).
+//! the processor ([`handover`], [`edge`]).
 //!
 //! As long as boot services are up, every failure is one line on the firmware's console and an
 //! error status for the boot manager, which goes on to the next boot entry. No memory is kept.
@@ -17,6 +17,9 @@ extern crate alloc;
 
 #[cfg(target_os = "uefi")]
 mod app;
+#[cfg(target_os = "uefi")]
+#[path = "../edge/mod.rs"]
+mod edge;
 #[cfg(target_os = "uefi")]
 mod failure;
 #[cfg(target_os = "uefi")]

@@ -8,7 +8,7 @@ use core::ops::Range;
 
 use galvan_base::state::ArchState;
 use galvan_base::{Gfn, Mfn, Mpa, PAGE_SIZE};
-use galvan_boot::info::{MemoryKind, PhysRange};
+use galvan_boot::info::{LoaderKind, MemoryKind, PhysRange};
 use galvan_dom0_proto::domctl::EmulationFlags;
 use galvan_kernel::cmdline::{Features, Options};
 use galvan_kernel::cpu_policy::{HostMsrs, HostPolicy, Setup, Virt, hidden_by};
@@ -117,11 +117,15 @@ pub fn run() -> ! {
     };
 
     // Modules.
-    let Some(kernel_module) = info.kernel() else { give_up!("galvan.cfg names no kernel for dom0") };
+    let Some(kernel_module) = info.kernel() else { give_up!("the boot loader gives no kernel for dom0") };
+    let kernel_name = match info.loader {
+        LoaderKind::UEFI => "the file of kernel= in galvan.cfg",
+        _ => "dom0's kernel, the boot loader's first module",
+    };
     let kernel_file = bytes(kernel_module.data);
     let kernel = match Kernel::parse(kernel_file) {
         Ok(k) => k,
-        Err(e) => give_up!("the file of kernel= in galvan.cfg: {e}"),
+        Err(e) => give_up!("{kernel_name}: {e}"),
     };
     let ramdisk = info.ramdisk().map_or(0..0, |m| range(m.data));
     let cmdline: Vec<u8> = bytes_of(kernel_module.cmdline).to_vec();
@@ -151,7 +155,7 @@ pub fn run() -> ! {
     // SAFETY: free memory by the map, which nobody has been given.
     let image_bytes = unsafe { memory(&unpacked) };
     if let Err(e) = kernel.unpack(image_bytes) {
-        give_up!("the file of kernel= in galvan.cfg: {e}");
+        give_up!("{kernel_name}: {e}");
     }
     log::info!(
         "dom0's kernel: {} {} KiB, unpacked {} KiB in {} ms",
@@ -162,7 +166,7 @@ pub fn run() -> ! {
     );
     let image = match Image::parse(image_bytes) {
         Ok(i) => i,
-        Err(e) => give_up!("the file of kernel= in galvan.cfg: {e}"),
+        Err(e) => give_up!("{kernel_name}: {e}"),
     };
     busy.push(unpacked.start..unpacked.end.next_multiple_of(PAGE));
 
@@ -346,7 +350,7 @@ fn bytes_of(r: PhysRange) -> &'static [u8] {
     if r.is_empty() { &[] } else { bytes(r) }
 }
 
-/// dom0's command line: what galvan.cfg says, and what the hypervisor's options add.
+/// dom0's command line: what galvan.cfg or the boot loader's menu says, and what the hypervisor's options add.
 fn dom0_cmdline(line: &[u8], extra: &str) -> Vec<u8> {
     let mut out = line.to_vec();
     if !extra.is_empty() {

@@ -100,14 +100,20 @@ pub fn probe(base: Mpa) -> Option<u8> {
     (matches!(kind, 0x10..=0x2f) && matches!(last_pin, 15..=239)).then(|| (read(0) >> 24) as u8 & 15)
 }
 
-/// Takes over the IO-APICs (id, address, GSI base): all pins masked.
-pub fn init(found: impl Iterator<Item = (u8, Mpa, u32)>) {
-    // The legacy PICs are masked for good (Intel 8259A data sheet, OCW1).
+/// Masks the legacy PICs for good (Intel 8259A data sheet, OCW1). A BIOS leaves them running, with
+/// interrupts at the vectors of exceptions; so this comes before the local APIC stops listening to
+/// them, or an interrupt that they have asked for already would stay asked for (QEMU's processor
+/// then takes one that has no vector).
+pub fn mask_pics() {
     // SAFETY: dom0 does not get the PICs, and Galvan takes no interrupt from them.
     unsafe {
         crate::cpu::port_out(0x21, 1, 0xff);
         crate::cpu::port_out(0xa1, 1, 0xff);
     }
+}
+
+/// Takes over the IO-APICs (id, address, GSI base): all pins masked.
+pub fn init(found: impl Iterator<Item = (u8, Mpa, u32)>) {
     let mut list = IOAPICS.lock();
     for (id, base, gsi_base) in found {
         let regs = crate::paging::map_device(base, PAGE_SIZE).cast::<u32>();

@@ -105,7 +105,10 @@ fn firmware_memory(at: u64, len: usize) -> Option<&'static [u8]> {
         return None;
     }
     let a = Mpa::new(at)?;
-    if !crate::paging::is_mapped(a) || !crate::paging::is_mapped(Mpa::new(end.saturating_sub(1))?) {
+    // Each page of it: where a BIOS keeps its tables in reserved memory, the first and the last may
+    // have been mapped for the tables around this one.
+    let mut pages = (at / PAGE_SIZE as u64..end.div_ceil(PAGE_SIZE as u64)).map(|page| Mpa::new(page * PAGE_SIZE as u64));
+    if !pages.all(|page| page.is_some_and(crate::paging::is_mapped)) {
         crate::paging::map_device(a, len);
     }
     Some(bytes(PhysRange::new(at, len as u64)))
@@ -171,6 +174,7 @@ extern "C" fn on_own_stack() -> ! {
     crate::clock::init(pm_timer);
     let no = options().no;
     use galvan_kernel::cmdline::Features;
+    crate::irq::mask_pics();
     crate::apic::init_boot_cpu(!no.contains(Features::X2APIC), !no.contains(Features::TSC_DEADLINE));
     crate::apic::init_this_cpu();
     crate::apic::calibrate_timer();
