@@ -91,7 +91,7 @@ pub const ALL: &[Scenario] = &[
         1200,
         vtx::guest,
     )
-    .on_bochs("corei7_skylake_x"),
+    .on_bochs("corei7_haswell_4770"),
     Scenario::new(
         "dom0-debian",
         "Debian 13 comes up as dom0 from NVMe, with network, and switches the machine off",
