@@ -92,7 +92,7 @@ pub const ALL: &[Scenario] = &[
         1200,
         vtx::guest,
     )
-    .on_bochs("corei7_skylake_x"),
+    .on_bochs("corei7_haswell_4770"),
     Scenario::new(
         "abuse",
         "hostile guests get an errno or their own end; dom0 and all memory are there afterwards",

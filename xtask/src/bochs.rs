@@ -64,6 +64,7 @@ pub struct Machine {
 pub struct Running {
     child: Child,
     dir: PathBuf,
+    lock: PathBuf,
     serial: TcpStream,
 }
 
@@ -118,6 +119,9 @@ impl Machine {
             .open(&self.boot)?
             .set_len(whole)?;
 
+        // What a Bochs that was killed leaves, and the next one would take for a running machine.
+        cache::remove(&lock_of(&self.boot))?;
+
         let listener = TcpListener::bind(("127.0.0.1", 0)).context("no TCP port is free")?;
         listener.set_nonblocking(true)?;
         let rc = self.bochsrc(&dir, listener.local_addr()?.port());
@@ -137,6 +141,7 @@ impl Machine {
             .context("cannot start Bochs")?;
         let mut starting = Starting {
             child: Some(child),
+            lock: lock_of(&self.boot),
             dir,
         };
         let serial = starting.serial(&listener)?;
@@ -148,6 +153,7 @@ impl Machine {
 struct Starting {
     child: Option<Child>,
     dir: PathBuf,
+    lock: PathBuf,
 }
 
 impl Starting {
@@ -183,6 +189,7 @@ impl Starting {
         Ok(Running {
             child,
             dir: std::mem::take(&mut self.dir),
+            lock: std::mem::take(&mut self.lock),
             serial,
         })
     }
@@ -194,6 +201,7 @@ impl Drop for Starting {
             let _ = child.kill();
             let _ = child.wait();
             let _ = cache::remove(&self.dir);
+            let _ = cache::remove(&self.lock);
         }
     }
 }
@@ -216,7 +224,15 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
         let _ = cache::remove(&self.dir);
+        let _ = cache::remove(&self.lock);
     }
+}
+
+/// The file by which Bochs keeps others off a disk image.
+fn lock_of(image: &Path) -> PathBuf {
+    let mut name = image.as_os_str().to_owned();
+    name.push(".lock");
+    name.into()
 }
 
 /// The last panics and errors of a log of Bochs, whose lines begin with the time, a letter for the

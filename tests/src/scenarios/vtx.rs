@@ -7,7 +7,7 @@ use super::same_bytes;
 use crate::Console;
 
 /// What is written to disks and sent through networks: few bytes, as the machine is slow.
-const MIB: u32 = 8;
+const MIB: u32 = 4;
 
 /// From power-on to the prompt of dom0's shell.
 fn to_prompt(c: &mut Console) -> Result<()> {
