@@ -259,6 +259,7 @@ impl Parts {
         };
         let options = format!("{} {options}", boot::OPTIONS);
         let options = options.trim_end();
+        let by_grub = matches!(scenario.loader, Loader::GrubBios | Loader::GrubUefi);
         let adjusted = |mut contents: esp::Contents| {
             match scenario.config {
                 Config::Usual { .. } => {}
@@ -272,7 +273,7 @@ impl Parts {
             Start::Ramdisk(init) => {
                 let (kernel, initrd) = dom0::ramdisk("test", init)?;
                 let cmdline = format!("console=hvc0 {cmdline}");
-                if matches!(scenario.loader, Loader::GrubBios | Loader::GrubUefi) {
+                if by_grub {
                     setup::ensure(setup::FOR_GRUB)?;
                     let contents = self.hypervisor.grub_contents(
                         options,
@@ -307,6 +308,18 @@ impl Parts {
                     None => self.dom0.insert(image::default_dom0()?),
                 };
                 let cmdline = format!("{} {cmdline}", dom0::CMDLINE);
+                if by_grub {
+                    setup::ensure(setup::FOR_GRUB)?;
+                    let contents = self.hypervisor.grub_contents(
+                        options,
+                        cmdline.trim_end(),
+                        &dom0.kernel,
+                        Some(&dom0.initrd),
+                    )?;
+                    let disk = paths::out().join(format!("test-{}.img", scenario.name));
+                    image::write_grub(&disk, dom0, &contents)?;
+                    return Ok(disk);
+                }
                 let contents = self.hypervisor.contents(
                     options,
                     cmdline.trim_end(),
