@@ -79,7 +79,7 @@ pub enum Loader {
     /// `galvan.efi`, by UEFI.
     Efi,
     /// GRUB by multiboot2, on a BIOS. Options and command line are in `grub.cfg` then; only
-    /// [`Config::Usual`] and [`Start::Ramdisk`].
+    /// [`Config::Usual`]; not [`Start::Guest`].
     GrubBios,
     /// GRUB by multiboot2, on UEFI, from the same disk.
     GrubUefi,

@@ -126,6 +126,15 @@ pub const ALL: &[Scenario] = &[
     )
     .by(Loader::GrubUefi),
     Scenario::new(
+        "grub-debian",
+        "on a BIOS, started by GRUB, Debian 13 comes up as dom0 from AHCI and restarts the machine",
+        Start::Debian,
+        600,
+        grub_debian,
+    )
+    .by(Loader::GrubBios)
+    .on_ahci(),
+    Scenario::new(
         "multiboot1-no-kernel",
         "without modules the missing kernel is named",
         Start::Ramdisk(DOM0_INIT),
@@ -283,6 +292,20 @@ fn grub_uefi(c: &mut Console) -> Result<()> {
     // EFI's own memory map came through.
     c.expect(r"memory 0x[0-9a-f]+-0x[0-9a-f]+ EFI runtime code", 10)?;
     dom0_ramdisk(c)
+}
+
+fn grub_debian(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules", 45)?;
+    to_prompt(c)?;
+    let root = c.run("findmnt -no SOURCE /", 30)?;
+    ensure!(root.contains("/dev/sda2"), "root: {root}");
+    let efi = c.run("ls -d /sys/firmware/efi 2>/dev/null | cat", 30)?;
+    ensure!(efi.trim().is_empty(), "on a BIOS there is {efi}");
+    nothing_lost(c)?;
+    c.send("reboot\n")?;
+    c.expect(r"dom0 has shut down: rebooting|reboot: (Restarting system|machine restart)", 180)?;
+    c.expect_off(60)?;
+    Ok(())
 }
 
 fn multiboot1_no_kernel(c: &mut Console) -> Result<()> {

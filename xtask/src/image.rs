@@ -60,11 +60,7 @@ pub fn image(args: &Args) -> Result<()> {
             args.out.display()
         );
     }
-    write_disk(&args.out, args.size << 20, &dom0, args.grub)?;
-    esp::fill(&args.out, ALIGN_MIB << 20, &contents)?;
-    if args.grub {
-        grub::install_bios(&args.out)?;
-    }
+    write_whole(&args.out, args.size << 20, &dom0, &contents, args.grub)?;
     eprintln!(
         "{}: write it to a USB stick or a disk (dd, bs=4M) and start a {} machine from it",
         args.out.display(),
@@ -87,6 +83,20 @@ pub fn for_emulator(contents: &esp::Contents, dom0: &Dom0) -> Result<PathBuf> {
     }
     esp::fill(&out, ALIGN_MIB << 20, contents)?;
     Ok(out)
+}
+
+/// A new image that GRUB starts from, of the usual size.
+pub fn write_grub(out: &Path, dom0: &Dom0, contents: &esp::Contents) -> Result<()> {
+    write_whole(out, DEFAULT_MIB << 20, dom0, contents, true)
+}
+
+fn write_whole(out: &Path, size: u64, dom0: &Dom0, contents: &esp::Contents, grub: bool) -> Result<()> {
+    write_disk(out, size, dom0, grub)?;
+    esp::fill(out, ALIGN_MIB << 20, contents)?;
+    if grub {
+        grub::install_bios(out)?;
+    }
+    Ok(())
 }
 
 /// Writes a disk that GRUB starts from on BIOS and UEFI machines, with an EFI system partition that

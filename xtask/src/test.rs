@@ -288,6 +288,7 @@ impl Parts {
         };
         let options = format!("{usual} {options}");
         let options = options.trim_end();
+        let by_grub = matches!(scenario.loader, Loader::GrubBios | Loader::GrubUefi);
         let adjusted = |mut contents: esp::Contents| {
             match scenario.config {
                 Config::Usual { .. } => {}
@@ -301,7 +302,7 @@ impl Parts {
             Start::Ramdisk(init) => {
                 let (kernel, initrd) = dom0::ramdisk("test", init)?;
                 let cmdline = format!("console=hvc0 {cmdline}");
-                if matches!(scenario.loader, Loader::GrubBios | Loader::GrubUefi) {
+                if by_grub {
                     setup::ensure(setup::FOR_GRUB)?;
                     let contents = self.hypervisor.grub_contents(
                         options,
@@ -349,6 +350,18 @@ impl Parts {
                     None => self.dom0.insert(image::default_dom0()?),
                 };
                 let cmdline = format!("{} {cmdline}", dom0::CMDLINE);
+                if by_grub {
+                    setup::ensure(setup::FOR_GRUB)?;
+                    let contents = self.hypervisor.grub_contents(
+                        options,
+                        cmdline.trim_end(),
+                        &dom0.kernel,
+                        Some(&dom0.initrd),
+                    )?;
+                    let disk = paths::out().join(format!("test-{}.img", scenario.name));
+                    image::write_grub(&disk, dom0, &contents)?;
+                    return Ok(disk);
+                }
                 let contents = self.hypervisor.contents(
                     options,
                     cmdline.trim_end(),
