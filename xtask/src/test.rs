@@ -41,6 +41,9 @@ pub struct Args {
     /// Boot every processor of the matrix to dom0's init, in Bochs and QEMU, instead of the rest.
     #[arg(long, conflicts_with_all = ["stock", "all"])]
     matrix: bool,
+    /// How many machines run side by side [default: as many as the host has processors].
+    #[arg(long)]
+    jobs: Option<usize>,
     /// Boot stock Xen of Debian in Galvan's place: shows what the scenarios ask for, and how fast
     /// stock is here. Leaves out the host tests.
     #[arg(long)]
@@ -89,7 +92,7 @@ pub fn test(args: &Args) -> Result<()> {
             .filter(|s| !args.stock || s.loader == Loader::Efi)
             .collect();
         if !chosen.is_empty() {
-            machines(&chosen, args.stock, &mut count)?;
+            machines(&chosen, args, &mut count)?;
         }
         for scenario in scenarios::ALL.iter().filter(|s| s.disabled.is_some()) {
             if !args.matrix && !chosen.iter().any(|c| c.name == scenario.name) {
@@ -168,7 +171,8 @@ struct Parts {
     dom0: Option<Dom0>,
 }
 
-fn machines(chosen: &[&Scenario], stock: bool, count: &mut Count) -> Result<()> {
+fn machines(chosen: &[&Scenario], args: &Args, count: &mut Count) -> Result<()> {
+    let stock = args.stock;
     setup::ensure(setup::FOR_RUN)?;
     if chosen.iter().any(|s| s.emulator == Emulator::Bochs) {
         setup::ensure(setup::FOR_BOCHS)?;
@@ -184,7 +188,8 @@ fn machines(chosen: &[&Scenario], stock: bool, count: &mut Count) -> Result<()> 
         dom0: None,
     };
     // An emulated machine is one thread: as many run side by side as the host has processors.
-    let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let at_once = args.jobs.unwrap_or(processors).max(1);
     let (results, result) = mpsc::channel();
     std::thread::scope(|scope| {
         let mut running = 0;
