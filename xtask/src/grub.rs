@@ -31,7 +31,7 @@ const SECTOR: usize = 512;
 /// Disks and file systems, the menu and its words, the loaders.
 const COMMON: &[&str] = &[
     "part_gpt", "part_msdos", "fat", "ext2", "search", "search_label", "normal", "configfile", "test",
-    "echo", "ls", "cat", "serial", "terminal", "all_video", "gzio", "boot", "multiboot2", "linux",
+    "echo", "ls", "cat", "serial", "terminal", "gzio", "boot", "multiboot2", "linux",
     "reboot", "halt",
 ];
 
@@ -46,7 +46,7 @@ pub fn contents(
 ) -> Result<Contents> {
     let efi = paths::out().join("grubx64.efi");
     fs::create_dir_all(paths::out())?;
-    mkimage("x86_64-efi", EFI_MODULES, &efi, &format!("/{DIRECTORY}"), &[])?;
+    mkimage("x86_64-efi", EFI_MODULES, &efi, &format!("/{DIRECTORY}"), &["efi_gop"])?;
     Ok(Contents {
         efi,
         config: config(options, cmdline, initrd.is_some()),
