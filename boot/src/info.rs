@@ -582,10 +582,7 @@ mod tests {
             version: BootInfo::VERSION + 1,
             ..good
         };
-        assert!(matches!(
-            other.check(),
-            Err(BadBootInfo::Version { .. })
-        ));
+        assert!(matches!(other.check(), Err(BadBootInfo::Version { .. })));
         let other = BootInfo { size: 8, ..good };
         assert!(matches!(
             other.check(),

@@ -71,7 +71,10 @@ impl<'a> Handed<'a> {
     /// Dom0's kernel, and its ramdisk if there is one, once it is certain that they are where
     /// modules can be: on page boundaries, apart from each other and from `own`, the running
     /// program.
-    pub fn checked_modules(&self, own: PhysRange) -> Result<(Module<'a>, Option<Module<'a>>), BadInfo> {
+    pub fn checked_modules(
+        &self,
+        own: PhysRange,
+    ) -> Result<(Module<'a>, Option<Module<'a>>), BadInfo> {
         let [kernel, ramdisk] = self.modules;
         let kernel = kernel.ok_or(BadInfo::NoKernel)?;
         if kernel.data.is_empty() {
@@ -79,9 +82,14 @@ impl<'a> Handed<'a> {
         }
         let ramdisk = ramdisk.filter(|module| !module.data.is_empty());
         for (number, module) in [(1, Some(kernel)), (2, ramdisk)] {
-            let Some(Module { data, .. }) = module else { continue };
+            let Some(Module { data, .. }) = module else {
+                continue;
+            };
             if !data.start.is_multiple_of(PAGE) {
-                return Err(BadInfo::Unaligned { number, at: data.start });
+                return Err(BadInfo::Unaligned {
+                    number,
+                    at: data.start,
+                });
             }
             if data.overlaps(&own) {
                 return Err(BadInfo::ModuleOverImage { number });
@@ -353,24 +361,46 @@ pub enum BadInfo {
 impl fmt::Display for BadInfo {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match *self {
-            Self::Magic(magic) => write!(f, "not started by a multiboot loader (EAX is {magic:#x})"),
+            Self::Magic(magic) => {
+                write!(f, "not started by a multiboot loader (EAX is {magic:#x})")
+            }
             Self::Unreadable { what, at } => {
-                write!(f, "the boot loader's {what} is at {at:#x}, where it cannot be")
+                write!(
+                    f,
+                    "the boot loader's {what} is at {at:#x}, where it cannot be"
+                )
             }
-            Self::Size(size) => write!(f, "the boot loader's information has {size} bytes, which cannot be"),
+            Self::Size(size) => write!(
+                f,
+                "the boot loader's information has {size} bytes, which cannot be"
+            ),
             Self::Tag { kind, size } => {
-                write!(f, "the boot loader's information of kind {kind} is damaged ({size} bytes)")
+                write!(
+                    f,
+                    "the boot loader's information of kind {kind} is damaged ({size} bytes)"
+                )
             }
-            Self::EndlessText(what) => write!(f, "the boot loader's {what} is too long, or has no end"),
+            Self::EndlessText(what) => {
+                write!(f, "the boot loader's {what} is too long, or has no end")
+            }
             Self::NoMap => f.write_str("the boot loader gives no memory map"),
             Self::Map => f.write_str("the boot loader's memory map is damaged"),
             Self::BootServices => f.write_str("the boot loader has left EFI's boot services on"),
-            Self::TooManyModules(count) => write!(f, "the boot loader gives {count} modules, {MAX_MODULES} at most make sense"),
+            Self::TooManyModules(count) => write!(
+                f,
+                "the boot loader gives {count} modules, {MAX_MODULES} at most make sense"
+            ),
             Self::ModuleBounds { number } => write!(f, "module {number} ends before it begins"),
-            Self::NoKernel => f.write_str("dom0's kernel is missing: it has to be the first module (module2 in grub.cfg)"),
+            Self::NoKernel => f.write_str(
+                "dom0's kernel is missing: it has to be the first module (module2 in grub.cfg)",
+            ),
             Self::EmptyKernel => f.write_str("dom0's kernel (the first module) is an empty file"),
-            Self::Unaligned { number, at } => write!(f, "module {number} is not on a page boundary ({at:#x})"),
-            Self::ModuleOverImage { number } => write!(f, "module {number} lies over the hypervisor"),
+            Self::Unaligned { number, at } => {
+                write!(f, "module {number} is not on a page boundary ({at:#x})")
+            }
+            Self::ModuleOverImage { number } => {
+                write!(f, "module {number} lies over the hypervisor")
+            }
             Self::ModulesOverlap => f.write_str("the modules lie over each other"),
         }
     }
@@ -402,7 +432,10 @@ pub(crate) mod tests {
             cmdline: b"",
             modules: [two.next(), two.next()],
             module_count: modules.len() as u32,
-            map: Map::Efi { bytes: b"", size: 40 },
+            map: Map::Efi {
+                bytes: b"",
+                size: 40,
+            },
             framebuffer: None,
             rsdp: None,
             efi_system_table: 0,
@@ -413,10 +446,14 @@ pub(crate) mod tests {
 
     #[test]
     fn modules_in_their_places_are_kernel_and_ramdisk() {
-        let (kernel, ramdisk) = handed(&[(0x40_0000, 5), (0x40_1000, 9)]).checked_modules(OWN).unwrap();
+        let (kernel, ramdisk) = handed(&[(0x40_0000, 5), (0x40_1000, 9)])
+            .checked_modules(OWN)
+            .unwrap();
         assert_eq!(kernel.data, PhysRange::new(0x40_0000, 5));
         assert_eq!(ramdisk.map(|m| m.data), Some(PhysRange::new(0x40_1000, 9)));
-        let (_, ramdisk) = handed(&[(0x40_0000, 5), (0x40_1000, 0)]).checked_modules(OWN).unwrap();
+        let (_, ramdisk) = handed(&[(0x40_0000, 5), (0x40_1000, 0)])
+            .checked_modules(OWN)
+            .unwrap();
         assert_eq!(ramdisk, None);
     }
 
@@ -427,36 +464,74 @@ pub(crate) mod tests {
         assert_eq!(check(&[(0x40_0000, 0)]), Err(BadInfo::EmptyKernel));
         assert_eq!(
             check(&[(0x40_0010, 5)]),
-            Err(BadInfo::Unaligned { number: 1, at: 0x40_0010 })
+            Err(BadInfo::Unaligned {
+                number: 1,
+                at: 0x40_0010
+            })
         );
-        assert_eq!(check(&[(0x40_0000, 5), (0x2f_f000, 5)]), Err(BadInfo::ModuleOverImage { number: 2 }));
-        assert_eq!(check(&[(0x1f_f000, 0x1001)]), Err(BadInfo::ModuleOverImage { number: 1 }));
-        assert_eq!(check(&[(0x40_0000, 0x2000), (0x40_1000, 5)]), Err(BadInfo::ModulesOverlap));
+        assert_eq!(
+            check(&[(0x40_0000, 5), (0x2f_f000, 5)]),
+            Err(BadInfo::ModuleOverImage { number: 2 })
+        );
+        assert_eq!(
+            check(&[(0x1f_f000, 0x1001)]),
+            Err(BadInfo::ModuleOverImage { number: 1 })
+        );
+        assert_eq!(
+            check(&[(0x40_0000, 0x2000), (0x40_1000, 5)]),
+            Err(BadInfo::ModulesOverlap)
+        );
     }
 
     #[test]
     fn the_file_name_is_dropped_where_the_loader_puts_one() {
         let grub2 = b"GRUB 2.06-13+deb12u2".as_slice();
         assert_eq!(arguments(b"com1=115200 x", grub2), b"com1=115200 x");
-        assert_eq!(arguments(b" placeholder com1=115200", grub2), b"com1=115200");
+        assert_eq!(
+            arguments(b" placeholder com1=115200", grub2),
+            b"com1=115200"
+        );
         assert_eq!(arguments(b"placeholder", grub2), b"");
         assert_eq!(arguments(b"", grub2), b"");
         assert_eq!(arguments(b"galvan com1=115200 ", b"qemu"), b"com1=115200");
-        assert_eq!(arguments(b"/boot/galvan.gz  root=a b", b"GRUB 0.97"), b"root=a b");
+        assert_eq!(
+            arguments(b"/boot/galvan.gz  root=a b", b"GRUB 0.97"),
+            b"root=a b"
+        );
         assert_eq!(arguments(b"galvan", b""), b"");
     }
 
     fn screen(kind: u8, bits: u8, pitch: u32, colours: &[u8]) -> Option<FrameBuffer> {
-        ScreenFields { address: 0xe000_0000, pitch, width: 640, height: 480, bits, kind, colours }.frame_buffer()
+        ScreenFields {
+            address: 0xe000_0000,
+            pitch,
+            width: 640,
+            height: 480,
+            bits,
+            kind,
+            colours,
+        }
+        .frame_buffer()
     }
 
     #[test]
     fn screens_of_32_bits_and_of_text_are_used_and_others_are_not() {
         let found = screen(1, 32, 2600, &[16, 8, 8, 8, 0, 8]).unwrap();
-        assert_eq!((found.stride, found.size, found.format), (650, 2600 * 480, PixelFormat::BGR));
+        assert_eq!(
+            (found.stride, found.size, found.format),
+            (650, 2600 * 480, PixelFormat::BGR)
+        );
         assert_eq!(found.reserved_mask, 0xff00_0000);
-        assert_eq!(screen(1, 32, 2560, &[0, 8, 8, 8, 16, 8]).unwrap().format, PixelFormat::RGB);
-        assert_eq!(screen(1, 32, 2560, &[20, 10, 10, 10, 0, 10]).unwrap().format, PixelFormat::MASKS);
+        assert_eq!(
+            screen(1, 32, 2560, &[0, 8, 8, 8, 16, 8]).unwrap().format,
+            PixelFormat::RGB
+        );
+        assert_eq!(
+            screen(1, 32, 2560, &[20, 10, 10, 10, 0, 10])
+                .unwrap()
+                .format,
+            PixelFormat::MASKS
+        );
         assert_eq!(screen(2, 16, 1280, &[]).unwrap().format, PixelFormat::TEXT);
         assert_eq!(screen(1, 24, 1920, &[16, 8, 8, 8, 0, 8]), None);
         assert_eq!(screen(0, 8, 640, &[]), None);
@@ -472,7 +547,10 @@ pub(crate) mod tests {
         video[1] = 80;
         video[0x484 - 0x449] = 24;
         let found = bios_text_screen(&video).unwrap();
-        assert_eq!((found.base, found.width, found.height, found.size), (0xb_8000, 80, 25, 4000));
+        assert_eq!(
+            (found.base, found.width, found.height, found.size),
+            (0xb_8000, 80, 25, 4000)
+        );
         video[0] = 0x13;
         assert_eq!(bios_text_screen(&video), None);
         assert_eq!(bios_text_screen(&[3, 80]), None);
@@ -480,6 +558,11 @@ pub(crate) mod tests {
 
     /// An address map's entry as both versions have it.
     pub(crate) fn entry(start: u64, len: u64, kind: u32) -> Vec<u8> {
-        [&start.to_le_bytes()[..], &len.to_le_bytes(), &kind.to_le_bytes()].concat()
+        [
+            &start.to_le_bytes()[..],
+            &len.to_le_bytes(),
+            &kind.to_le_bytes(),
+        ]
+        .concat()
     }
 }

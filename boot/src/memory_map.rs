@@ -468,8 +468,15 @@ mod tests {
     fn memory_is_taken_from_the_top_and_once() {
         let mut buffer = [MemoryRange::new(0, 0, MemoryKind::RESERVED, 0); 16];
         let mut map = MapBuilder::new(&mut buffer);
-        map.add_e820([(0, 0xa_0000, 1), (0x10_0000, 0x70_0000, 1), (1 << 32, 1 << 30, 1)].into_iter())
-            .unwrap();
+        map.add_e820(
+            [
+                (0, 0xa_0000, 1),
+                (0x10_0000, 0x70_0000, 1),
+                (1 << 32, 1 << 30, 1),
+            ]
+            .into_iter(),
+        )
+        .unwrap();
         let image = MemoryKind::HYPERVISOR_IMAGE;
         let mut take = |len, align| map.take_highest(len, align, 1 << 32, image);
         assert_eq!(take(0x1001, 0x20_0000), Ok(0x60_0000));

@@ -36,7 +36,10 @@ pub fn at_start(bytes: &[u8]) -> Option<&[u8]> {
     if v1.get(15).is_none_or(|&revision| revision < 2) {
         return Some(v1);
     }
-    let len = bytes.get(20..)?.first_chunk().map(|&b| u32::from_le_bytes(b))?;
+    let len = bytes
+        .get(20..)?
+        .first_chunk()
+        .map(|&b| u32::from_le_bytes(b))?;
     let len = usize::try_from(len).ok().filter(|&len| len >= LEN_V2)?;
     bytes.get(..len).filter(|whole| sums_up(whole))
 }

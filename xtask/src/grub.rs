@@ -30,9 +30,26 @@ const SECTOR: usize = 512;
 
 /// Disks and file systems, the menu and its words, the loaders.
 const COMMON: &[&str] = &[
-    "part_gpt", "part_msdos", "fat", "ext2", "search", "search_label", "normal", "configfile", "test",
-    "echo", "ls", "cat", "serial", "terminal", "all_video", "gzio", "boot", "multiboot2", "linux",
-    "reboot", "halt",
+    "part_gpt",
+    "part_msdos",
+    "fat",
+    "ext2",
+    "search",
+    "search_label",
+    "normal",
+    "configfile",
+    "test",
+    "echo",
+    "ls",
+    "cat",
+    "serial",
+    "terminal",
+    "gzio",
+    "boot",
+    "multiboot2",
+    "linux",
+    "reboot",
+    "halt",
 ];
 
 /// What goes on the EFI system partition for GRUB to start the hypervisor `multiboot` (compressed)
@@ -46,7 +63,13 @@ pub fn contents(
 ) -> Result<Contents> {
     let efi = paths::out().join("grubx64.efi");
     fs::create_dir_all(paths::out())?;
-    mkimage("x86_64-efi", EFI_MODULES, &efi, &format!("/{DIRECTORY}"), &[])?;
+    mkimage(
+        "x86_64-efi",
+        EFI_MODULES,
+        &efi,
+        &format!("/{DIRECTORY}"),
+        &["efi_gop"],
+    )?;
     Ok(Contents {
         efi,
         config: config(options, cmdline, initrd.is_some()),
@@ -66,7 +89,9 @@ fn config(options: &str, cmdline: &str, initrd: bool) -> String {
              \x20   module{suffix} --nounzip /{DIRECTORY}/vmlinuz {cmdline}\n"
         );
         if initrd {
-            text.push_str(&format!("    module{suffix} --nounzip /{DIRECTORY}/initrd.img\n"));
+            text.push_str(&format!(
+                "    module{suffix} --nounzip /{DIRECTORY}/initrd.img\n"
+            ));
         }
         text.push_str("}\n");
         text
@@ -87,7 +112,13 @@ fn config(options: &str, cmdline: &str, initrd: bool) -> String {
 pub fn install_bios(out: &Path) -> Result<()> {
     let core = sh::scratch("core.img")?;
     let prefix = format!("(,gpt1)/{DIRECTORY}");
-    mkimage("i386-pc", BIOS_MODULES, &core, &prefix, &["biosdisk", "multiboot"])?;
+    mkimage(
+        "i386-pc",
+        BIOS_MODULES,
+        &core,
+        &prefix,
+        &["biosdisk", "multiboot"],
+    )?;
     let mut image = fs::read(&core)?;
     fs::remove_file(&core)?;
     let boot = fs::read(Path::new(BIOS_MODULES).join("boot.img"))
@@ -169,7 +200,10 @@ mod tests {
         patch_mbr(&mut mbr, &boot).unwrap();
         assert!(mbr[440..510].iter().all(|&b| b == 0xee));
         assert_eq!(mbr[0x5c..0x64], 34u64.to_le_bytes());
-        assert_eq!((mbr[0x5b], mbr[0x66], mbr[0x67], mbr[0x68]), (0x11, 0x90, 0x90, 0x11));
+        assert_eq!(
+            (mbr[0x5b], mbr[0x66], mbr[0x67], mbr[0x68]),
+            (0x11, 0x90, 0x90, 0x11)
+        );
         assert!(patch_mbr(&mut [0; SECTOR], &boot).is_err());
     }
 

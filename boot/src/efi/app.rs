@@ -256,9 +256,7 @@ fn start(origin: &mut Origin, options: &LoadOptions<'_>, choice: &Choice) -> Res
     ];
     let texts_len: usize = texts.iter().flatten().map(|text| text.len() + 16).sum();
     let mut arena = Arena::new(size_of_val(&GDT) + 16 + texts_len)?;
-    let gdt = arena
-        .put(&GDT.map(u64::to_le_bytes).concat())?
-        .start;
+    let gdt = arena.put(&GDT.map(u64::to_le_bytes).concat())?.start;
     info.cmdline = arena.put(choice.options.as_bytes())?;
     info.dom0_kernel = Module {
         data: kernel.range(),

@@ -26,7 +26,10 @@ const HAS_SCREEN: u32 = 1 << 12;
 /// Reads the structure at physical address `info` and what it refers to.
 pub fn read<'a>(info: u32, memory: &impl Memory<'a>) -> Result<Handed<'a>, BadInfo> {
     let at = u64::from(info);
-    let unreadable = BadInfo::Unreadable { what: "information", at };
+    let unreadable = BadInfo::Unreadable {
+        what: "information",
+        at,
+    };
     let head = memory.bytes(at, LEN).ok_or(unreadable)?;
     let word = |offset| u32_at(head, offset).ok_or(unreadable);
     let flags = word(0)?;
@@ -41,7 +44,11 @@ pub fn read<'a>(info: u32, memory: &impl Memory<'a>) -> Result<Handed<'a>, BadIn
     let cmdline = string(HAS_CMDLINE, 16, "command line")?;
 
     let mut modules = [None; 2];
-    let module_count = if flags & HAS_MODULES != 0 { word(20)? } else { 0 };
+    let module_count = if flags & HAS_MODULES != 0 {
+        word(20)?
+    } else {
+        0
+    };
     if module_count > MAX_MODULES {
         return Err(BadInfo::TooManyModules(module_count));
     }
@@ -49,8 +56,13 @@ pub fn read<'a>(info: u32, memory: &impl Memory<'a>) -> Result<Handed<'a>, BadIn
         let list = u64::from(word(24)?);
         let entries = memory
             .bytes(list, (module_count as usize).saturating_mul(MODULE))
-            .ok_or(BadInfo::Unreadable { what: "list of modules", at: list })?;
-        for (number, (slot, entry)) in (1..).zip(modules.iter_mut().zip(entries.chunks_exact(MODULE))) {
+            .ok_or(BadInfo::Unreadable {
+                what: "list of modules",
+                at: list,
+            })?;
+        for (number, (slot, entry)) in
+            (1..).zip(modules.iter_mut().zip(entries.chunks_exact(MODULE)))
+        {
             *slot = Some(module(number, entry, loader_name, memory)?);
         }
     }
@@ -89,7 +101,10 @@ fn module<'a>(
         at => text_at(at, memory, "command line of a module")?,
     };
     Ok(Module {
-        data: PhysRange::new(u64::from(start), u64::from(end.checked_sub(start).ok_or(bad)?)),
+        data: PhysRange::new(
+            u64::from(start),
+            u64::from(end.checked_sub(start).ok_or(bad)?),
+        ),
         cmdline: arguments(cmdline, loader_name),
     })
 }
@@ -98,10 +113,12 @@ fn map<'a>(len: u32, at: u32, memory: &impl Memory<'a>) -> Result<Map<'a>, BadIn
     if len > MAX_MAP {
         return Err(BadInfo::Map);
     }
-    let bytes = memory.bytes(u64::from(at), len as usize).ok_or(BadInfo::Unreadable {
-        what: "memory map",
-        at: u64::from(at),
-    })?;
+    let bytes = memory
+        .bytes(u64::from(at), len as usize)
+        .ok_or(BadInfo::Unreadable {
+            what: "memory map",
+            at: u64::from(at),
+        })?;
     e820(bytes, Layout::Prefixed)
 }
 
@@ -155,18 +172,38 @@ mod tests {
         let mut bytes = vec![0; 600];
         let mut put = |at: usize, what: &[u8]| bytes[at..at + what.len()].copy_from_slice(what);
         put(0, &flags.to_le_bytes());
-        for (at, value) in [(16, BASE + 128), (20, 2), (24, BASE + 192), (44, 72), (48, BASE + 448), (64, BASE + 384)] {
+        for (at, value) in [
+            (16, BASE + 128),
+            (20, 2),
+            (24, BASE + 192),
+            (44, 72),
+            (48, BASE + 448),
+            (64, BASE + 384),
+        ] {
             put(at, &value.to_le_bytes());
         }
         put(128, b"galvan com1=115200 loglvl=all\0");
-        for (n, (start, end, text)) in [(0x100_0000u32, 0x180_0000u32, BASE + 256), (0x180_0000, 0x1c0_0000, 0)].iter().enumerate() {
+        for (n, (start, end, text)) in [
+            (0x100_0000u32, 0x180_0000u32, BASE + 256),
+            (0x180_0000, 0x1c0_0000, 0),
+        ]
+        .iter()
+        .enumerate()
+        {
             for (i, word) in [start, end, text].iter().enumerate() {
                 put(192 + n * 16 + i * 4, &word.to_le_bytes());
             }
         }
         put(256, b"vmlinuz console=hvc0\0");
         put(384, b"qemu\0");
-        for (n, e) in [(0, 0x9_fc00, 1), (0x10_0000, 0x3ff0_0000, 1), (0xfffc_0000, 0x4_0000, 2)].iter().enumerate() {
+        for (n, e) in [
+            (0, 0x9_fc00, 1),
+            (0x10_0000, 0x3ff0_0000, 1),
+            (0xfffc_0000, 0x4_0000, 2),
+        ]
+        .iter()
+        .enumerate()
+        {
             put(448 + n * 24, &20u32.to_le_bytes());
             put(452 + n * 24, &entry(e.0, e.1, e.2));
         }
@@ -193,16 +230,22 @@ mod tests {
         assert_eq!(handed.cmdline, b"com1=115200 loglvl=all");
         assert_eq!(handed.modules[0].unwrap().cmdline, b"console=hvc0");
         assert_eq!(handed.modules[1].unwrap().cmdline, b"");
-        assert_eq!(handed.modules[1].unwrap().data, PhysRange::new(0x180_0000, 0x40_0000));
+        assert_eq!(
+            handed.modules[1].unwrap().data,
+            PhysRange::new(0x180_0000, 0x40_0000)
+        );
         assert_eq!(handed.framebuffer, None);
         let mut buffer = [MemoryRange::new(0, 0, MemoryKind::RESERVED, 0); 8];
         let mut map = MapBuilder::new(&mut buffer);
         handed.map.add_to(&mut map).unwrap();
-        assert_eq!(map.finish(), [
-            MemoryRange::new(0, 0x9_f000, MemoryKind::USABLE, 0),
-            MemoryRange::new(0x10_0000, 0x3ff0_0000, MemoryKind::USABLE, 0),
-            MemoryRange::new(0xfffc_0000, 0x4_0000, MemoryKind::RESERVED, 0),
-        ]);
+        assert_eq!(
+            map.finish(),
+            [
+                MemoryRange::new(0, 0x9_f000, MemoryKind::USABLE, 0),
+                MemoryRange::new(0x10_0000, 0x3ff0_0000, MemoryKind::USABLE, 0),
+                MemoryRange::new(0xfffc_0000, 0x4_0000, MemoryKind::RESERVED, 0),
+            ]
+        );
     }
 
     #[test]
@@ -220,7 +263,10 @@ mod tests {
     fn a_screen_is_found_where_there_is_one() {
         let bytes = memory(ALL | HAS_SCREEN);
         let screen = handed(&bytes).unwrap().framebuffer.unwrap();
-        assert_eq!((screen.base, screen.stride, screen.format), (0xfd00_0000, 800, PixelFormat::BGR));
+        assert_eq!(
+            (screen.base, screen.stride, screen.format),
+            (0xfd00_0000, 800, PixelFormat::BGR)
+        );
     }
 
     #[test]
@@ -230,20 +276,44 @@ mod tests {
             bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
             handed(&bytes).map(drop).unwrap_err()
         };
-        assert_eq!(handed(&memory(ALL & !HAS_MAP)).map(drop), Err(BadInfo::NoMap));
+        assert_eq!(
+            handed(&memory(ALL & !HAS_MAP)).map(drop),
+            Err(BadInfo::NoMap)
+        );
         assert_eq!(bad(20, 100), BadInfo::TooManyModules(100));
-        assert_eq!(bad(24, 0x10), BadInfo::Unreadable { what: "list of modules", at: 0x10 });
+        assert_eq!(
+            bad(24, 0x10),
+            BadInfo::Unreadable {
+                what: "list of modules",
+                at: 0x10
+            }
+        );
         assert_eq!(bad(196, 0x10), BadInfo::ModuleBounds { number: 1 });
-        assert_eq!(bad(200, 0x10), BadInfo::Unreadable { what: "command line of a module", at: 0x10 });
+        assert_eq!(
+            bad(200, 0x10),
+            BadInfo::Unreadable {
+                what: "command line of a module",
+                at: 0x10
+            }
+        );
         assert_eq!(bad(44, 0), BadInfo::Map);
         assert_eq!(bad(44, 71), BadInfo::Map);
         assert_eq!(bad(44, 0xffff_ffff), BadInfo::Map);
         assert_eq!(bad(448, 3), BadInfo::Map);
         assert_eq!(bad(448, 0xffff_ffff), BadInfo::Map);
-        assert_eq!(bad(48, 0), BadInfo::Unreadable { what: "memory map", at: 0 });
+        assert_eq!(
+            bad(48, 0),
+            BadInfo::Unreadable {
+                what: "memory map",
+                at: 0
+            }
+        );
         assert_eq!(
             read(0x10, &At(0, &[0; 60])).map(drop),
-            Err(BadInfo::Unreadable { what: "information", at: 0x10 })
+            Err(BadInfo::Unreadable {
+                what: "information",
+                at: 0x10
+            })
         );
     }
 
@@ -256,7 +326,10 @@ mod tests {
             Err(BadInfo::Unreadable { what: "t", at: 0 })
         );
         let endless = vec![b'x'; MAX_TEXT + 100];
-        assert_eq!(text_at(0, &At(0, &endless), "t"), Err(BadInfo::EndlessText("t")));
+        assert_eq!(
+            text_at(0, &At(0, &endless), "t"),
+            Err(BadInfo::EndlessText("t"))
+        );
     }
 
     proptest! {

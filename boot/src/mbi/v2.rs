@@ -26,7 +26,10 @@ const EFI_BOOT_SERVICES: u32 = 18;
 /// Reads the block at physical address `info`.
 pub fn read<'a>(info: u32, memory: &impl Memory<'a>) -> Result<Handed<'a>, BadInfo> {
     let at = u64::from(info);
-    let unreadable = BadInfo::Unreadable { what: "information", at };
+    let unreadable = BadInfo::Unreadable {
+        what: "information",
+        at,
+    };
     let head = memory.bytes(at, 8).ok_or(unreadable)?;
     let size = u32_at(head, 0).ok_or(unreadable)?;
     if !(16..=MAX_SIZE).contains(&size) || !info.is_multiple_of(8) {
@@ -81,7 +84,10 @@ impl<'a> Tags<'a> {
             return if self.rest.is_empty() {
                 Ok(None)
             } else {
-                Err(BadInfo::Tag { kind: 0, size: self.rest.len() as u32 })
+                Err(BadInfo::Tag {
+                    kind: 0,
+                    size: self.rest.len() as u32,
+                })
             };
         };
         if kind == END {
@@ -111,7 +117,9 @@ fn parse(block: &[u8]) -> Result<Handed<'_>, BadInfo> {
     let (mut rsdp_old, mut rsdp_new) = (None, None);
     let mut efi_system_table = 0;
 
-    let mut tags = Tags { rest: block.get(8..).unwrap_or_default() };
+    let mut tags = Tags {
+        rest: block.get(8..).unwrap_or_default(),
+    };
     while let Some(tag) = tags.next()? {
         match tag.kind {
             COMMAND_LINE => cmdline = tag.text(8, "command line")?,
@@ -123,9 +131,9 @@ fn parse(block: &[u8]) -> Result<Handed<'_>, BadInfo> {
                 if module_count > MAX_MODULES {
                     return Err(BadInfo::TooManyModules(module_count));
                 }
-                let len = end
-                    .checked_sub(start)
-                    .ok_or(BadInfo::ModuleBounds { number: module_count })?;
+                let len = end.checked_sub(start).ok_or(BadInfo::ModuleBounds {
+                    number: module_count,
+                })?;
                 if let Some(slot) = slot {
                     *slot = Some(Module {
                         data: PhysRange::new(u64::from(start), u64::from(len)),
@@ -198,7 +206,12 @@ mod tests {
     use std::vec::Vec;
 
     fn tag(kind: u32, body: &[u8]) -> Vec<u8> {
-        let mut bytes = [&kind.to_le_bytes()[..], &(body.len() as u32 + 8).to_le_bytes(), body].concat();
+        let mut bytes = [
+            &kind.to_le_bytes()[..],
+            &(body.len() as u32 + 8).to_le_bytes(),
+            body,
+        ]
+        .concat();
         bytes.resize(bytes.len().next_multiple_of(8), 0xcc);
         bytes
     }
@@ -208,12 +221,19 @@ mod tests {
     }
 
     fn module(start: u32, end: u32, text: &str) -> Vec<u8> {
-        tag(MODULE, &[words(&[start, end]), text.as_bytes().to_vec(), vec![0]].concat())
+        tag(
+            MODULE,
+            &[words(&[start, end]), text.as_bytes().to_vec(), vec![0]].concat(),
+        )
     }
 
     fn memory_map() -> Vec<u8> {
         let mut body = words(&[24, 0]);
-        for (start, len, kind) in [(0, 0x9_fc00, 1), (0x9_fc00, 0x400, 2), (0x10_0000, 0x3ff0_0000, 1)] {
+        for (start, len, kind) in [
+            (0, 0x9_fc00, 1),
+            (0x9_fc00, 0x400, 2),
+            (0x10_0000, 0x3ff0_0000, 1),
+        ] {
             body.extend(entry(start, len, kind));
             body.extend([0; 4]);
         }
@@ -241,10 +261,14 @@ mod tests {
             module(0x180_0000, 0x1c0_0000, ""),
             module(0x1c0_0000, 0x1c0_0001, "and more"),
             memory_map(),
-            tag(FRAME_BUFFER, &[
-                0xb8000u64.to_le_bytes().to_vec(),
-                words(&[160, 80, 25, 0x0000_0210]),
-            ].concat()),
+            tag(
+                FRAME_BUFFER,
+                &[
+                    0xb8000u64.to_le_bytes().to_vec(),
+                    words(&[160, 80, 25, 0x0000_0210]),
+                ]
+                .concat(),
+            ),
             tag(ACPI_OLD, &rsdp::tests::rsdp(0)),
             tag(ACPI_NEW, &rsdp::tests::rsdp(2)),
         ]);
@@ -252,11 +276,17 @@ mod tests {
         assert_eq!(handed.loader, LoaderKind::MULTIBOOT2);
         assert_eq!(handed.cmdline, b"com1=115200");
         assert_eq!(handed.modules[0].unwrap().cmdline, b"root=/dev/sda1 ro");
-        assert_eq!(handed.modules[1].unwrap().data, PhysRange::new(0x180_0000, 0x40_0000));
+        assert_eq!(
+            handed.modules[1].unwrap().data,
+            PhysRange::new(0x180_0000, 0x40_0000)
+        );
         assert_eq!(handed.module_count, 3);
         assert_eq!(handed.map.entries(), 3);
         let screen = handed.framebuffer.unwrap();
-        assert_eq!((screen.format, screen.width, screen.height, screen.stride), (PixelFormat::TEXT, 80, 25, 80));
+        assert_eq!(
+            (screen.format, screen.width, screen.height, screen.stride),
+            (PixelFormat::TEXT, 80, 25, 80)
+        );
         assert_eq!(handed.rsdp, Some(&*rsdp::tests::rsdp(2)));
         assert_eq!(handed.efi_system_table, 0);
     }
@@ -279,7 +309,10 @@ mod tests {
         let mut buffer = [MemoryRange::new(0, 0, MemoryKind::RESERVED, 0); 8];
         let mut map = MapBuilder::new(&mut buffer);
         handed.map.add_to(&mut map).unwrap();
-        assert_eq!(map.finish(), [MemoryRange::new(0x10_0000, 0x1_0000, MemoryKind::USABLE, 8)]);
+        assert_eq!(
+            map.finish(),
+            [MemoryRange::new(0x10_0000, 0x1_0000, MemoryKind::USABLE, 8)]
+        );
     }
 
     #[test]
@@ -287,13 +320,43 @@ mod tests {
         let good = memory_map();
         let bad = |tags: &[Vec<u8>]| handed(&block(tags)).map(drop).unwrap_err();
         assert_eq!(bad(&[]), BadInfo::NoMap);
-        assert_eq!(bad(&[good.clone(), tag(COMMAND_LINE, b"endless")]), BadInfo::EndlessText("command line"));
-        assert_eq!(bad(&[good.clone(), module(0x2000, 0x1000, "")]), BadInfo::ModuleBounds { number: 1 });
-        assert_eq!(bad(&[good.clone(), tag(MODULE, &[0; 4])]), BadInfo::Tag { kind: MODULE, size: 12 });
-        assert_eq!(bad(&[tag(MEMORY_MAP, &words(&[0, 0]))]), BadInfo::Tag { kind: MEMORY_MAP, size: 16 });
-        assert_eq!(bad(&[tag(MEMORY_MAP, &words(&[24, 0, 1, 2, 3]))]), BadInfo::Map);
-        assert_eq!(bad(&[tag(EFI_MAP, &words(&[48, 1, 7]))]), BadInfo::Tag { kind: EFI_MAP, size: 20 });
-        assert_eq!(bad(&[good.clone(), tag(EFI_BOOT_SERVICES, b"")]), BadInfo::BootServices);
+        assert_eq!(
+            bad(&[good.clone(), tag(COMMAND_LINE, b"endless")]),
+            BadInfo::EndlessText("command line")
+        );
+        assert_eq!(
+            bad(&[good.clone(), module(0x2000, 0x1000, "")]),
+            BadInfo::ModuleBounds { number: 1 }
+        );
+        assert_eq!(
+            bad(&[good.clone(), tag(MODULE, &[0; 4])]),
+            BadInfo::Tag {
+                kind: MODULE,
+                size: 12
+            }
+        );
+        assert_eq!(
+            bad(&[tag(MEMORY_MAP, &words(&[0, 0]))]),
+            BadInfo::Tag {
+                kind: MEMORY_MAP,
+                size: 16
+            }
+        );
+        assert_eq!(
+            bad(&[tag(MEMORY_MAP, &words(&[24, 0, 1, 2, 3]))]),
+            BadInfo::Map
+        );
+        assert_eq!(
+            bad(&[tag(EFI_MAP, &words(&[48, 1, 7]))]),
+            BadInfo::Tag {
+                kind: EFI_MAP,
+                size: 20
+            }
+        );
+        assert_eq!(
+            bad(&[good.clone(), tag(EFI_BOOT_SERVICES, b"")]),
+            BadInfo::BootServices
+        );
         let many = vec![module(0, 0, ""); 65];
         assert_eq!(bad(&many), BadInfo::TooManyModules(65));
         let mut short = tag(99, b"");
@@ -301,7 +364,13 @@ mod tests {
         assert_eq!(bad(&[short]), BadInfo::Tag { kind: 99, size: 7 });
         let mut long = tag(99, b"");
         long[4] = 100;
-        assert_eq!(bad(&[long]), BadInfo::Tag { kind: 99, size: 100 });
+        assert_eq!(
+            bad(&[long]),
+            BadInfo::Tag {
+                kind: 99,
+                size: 100
+            }
+        );
     }
 
     #[test]
@@ -310,7 +379,10 @@ mod tests {
         let at = At(0x1_0000, &block);
         assert_eq!(
             read(0x9000_0000, &at).map(drop),
-            Err(BadInfo::Unreadable { what: "information", at: 0x9000_0000 })
+            Err(BadInfo::Unreadable {
+                what: "information",
+                at: 0x9000_0000
+            })
         );
         assert_eq!(Handed::read(7, 0, &at).map(drop), Err(BadInfo::Magic(7)));
         block[..4].copy_from_slice(&0xffff_ffffu32.to_le_bytes());
@@ -318,7 +390,10 @@ mod tests {
         block[..4].copy_from_slice(&0x1000u32.to_le_bytes());
         assert_eq!(
             handed(&block).map(drop),
-            Err(BadInfo::Unreadable { what: "information", at: 0x1_0000 })
+            Err(BadInfo::Unreadable {
+                what: "information",
+                at: 0x1_0000
+            })
         );
     }
 

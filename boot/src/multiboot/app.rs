@@ -5,7 +5,9 @@ use core::fmt;
 
 use galvan_boot::cpu::{self, Unfit};
 use galvan_boot::elf_load::{BLOCK_ALIGN, BadImage, Plan};
-use galvan_boot::info::{BootInfo, DIRECT_MAP_BASE, Image, MemoryKind, MemoryRange, Module, PhysRange};
+use galvan_boot::info::{
+    BootInfo, DIRECT_MAP_BASE, Image, MemoryKind, MemoryRange, Module, PhysRange,
+};
 use galvan_boot::mbi::{self, BadInfo, Handed, Map, Memory};
 use galvan_boot::memory_map::{Full, MapBuilder, NoRoom, capacity};
 use galvan_boot::paging::{Layout, MapError};
@@ -64,7 +66,10 @@ fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infall
     for (what, range) in [
         ("the hypervisor", own),
         ("dom0's kernel", kernel.data),
-        ("dom0's ramdisk", ramdisk.map_or(PhysRange::EMPTY, |module| module.data)),
+        (
+            "dom0's ramdisk",
+            ramdisk.map_or(PhysRange::EMPTY, |module| module.data),
+        ),
     ] {
         if !map.is_reclaimable(range) {
             return Err(Failure::NotMemory(what, range));
@@ -78,9 +83,15 @@ fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infall
     let mut keep = |bytes: &[u8]| kept.arena.put(bytes).ok_or(Failure::LongTexts);
     let mut info = BootInfo::new(handed.loader);
     info.cmdline = keep(handed.cmdline)?;
-    info.dom0_kernel = Module { data: kernel.data, cmdline: keep(kernel.cmdline)? };
+    info.dom0_kernel = Module {
+        data: kernel.data,
+        cmdline: keep(kernel.cmdline)?,
+    };
     if let Some(ramdisk) = ramdisk {
-        info.dom0_ramdisk = Module { data: ramdisk.data, cmdline: keep(ramdisk.cmdline)? };
+        info.dom0_ramdisk = Module {
+            data: ramdisk.data,
+            cmdline: keep(ramdisk.cmdline)?,
+        };
     }
     let gdt = keep(GDT.map(u64::to_le_bytes).as_flattened())?.start;
     info.efi_system_table = handed.efi_system_table;
@@ -108,12 +119,29 @@ fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infall
         // free, and is not free any more.
         Ok::<_, Failure>(unsafe { Block::new(at, len) })
     };
-    let mut block = take("the hypervisor", plan.len(), BLOCK_ALIGN, MemoryKind::HYPERVISOR_IMAGE)?;
+    let mut block = take(
+        "the hypervisor",
+        plan.len(),
+        BLOCK_ALIGN,
+        MemoryKind::HYPERVISOR_IMAGE,
+    )?;
     plan.load_into(block.bytes_mut())?;
-    let mut symbols = take("the hypervisor's symbols", IMAGE.len() as u64, PAGE, MemoryKind::HYPERVISOR_IMAGE)?;
+    let mut symbols = take(
+        "the hypervisor's symbols",
+        IMAGE.len() as u64,
+        PAGE,
+        MemoryKind::HYPERVISOR_IMAGE,
+    )?;
     symbols.bytes_mut().copy_from_slice(IMAGE);
-    say(format_args!("hypervisor, {} KiB at {:#x}", plan.len() >> 10, block.range().start));
-    info.image = Image { phys: block.range(), virt: plan.virt() };
+    say(format_args!(
+        "hypervisor, {} KiB at {:#x}",
+        plan.len() >> 10,
+        block.range().start
+    ));
+    info.image = Image {
+        phys: block.range(),
+        virt: plan.virt(),
+    };
     info.symbols = symbols.range();
     info.stack = stack;
 
@@ -143,10 +171,18 @@ fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infall
     }
 
     let entries = map.finish();
-    info.memory_map = PhysRange::new(entries.as_ptr() as u64, (entries.len() * MemoryRange::SIZE) as u64);
+    info.memory_map = PhysRange::new(
+        entries.as_ptr() as u64,
+        (entries.len() * MemoryRange::SIZE) as u64,
+    );
     kept.info = info;
     say("starting the hypervisor");
-    let state = State { cr3, stack, entry: plan.entry(), gdt };
+    let state = State {
+        cr3,
+        stack,
+        entry: plan.entry(),
+        gdt,
+    };
     // SAFETY: the new tables map all memory up to 4 GiB and more at its own address, and with it
     // this program; the image was loaded by its plan; all that the hand-over refers to is in this
     // program's memory, in what was taken for it, or in modules.
@@ -155,11 +191,17 @@ fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infall
 
 /// ACPI's root pointer in a BIOS's memory.
 fn find_rsdp(left: &Left) -> Option<u64> {
-    let segment = left.bytes(rsdp::EBDA_SEGMENT.start, 2)?.first_chunk().map(|&b| u16::from_le_bytes(b))?;
-    [rsdp::ebda_area(segment), Some(rsdp::BIOS_AREA)].into_iter().flatten().find_map(|area| {
-        let offset = rsdp::find(left.bytes(area.start, area.len as usize)?)?;
-        Some(area.start + offset as u64)
-    })
+    let segment = left
+        .bytes(rsdp::EBDA_SEGMENT.start, 2)?
+        .first_chunk()
+        .map(|&b| u16::from_le_bytes(b))?;
+    [rsdp::ebda_area(segment), Some(rsdp::BIOS_AREA)]
+        .into_iter()
+        .flatten()
+        .find_map(|area| {
+            let offset = rsdp::find(left.bytes(area.start, area.len as usize)?)?;
+            Some(area.start + offset as u64)
+        })
 }
 
 /// Text of the loader's, whatever bytes it has.
@@ -202,7 +244,11 @@ impl fmt::Display for Failure {
                 range.end()
             ),
             Self::NoRoom(what, len) => {
-                write!(f, "not enough memory below 4 GiB for {what} ({} KiB)", len >> 10)
+                write!(
+                    f,
+                    "not enough memory below 4 GiB for {what} ({} KiB)",
+                    len >> 10
+                )
             }
         }
     }

@@ -51,7 +51,9 @@ impl Block {
     ///
     /// They are RAM below 4 GiB that nobody else uses.
     pub unsafe fn new(start: u64, len: u64) -> Self {
-        Self { range: PhysRange::new(start, len) }
+        Self {
+            range: PhysRange::new(start, len),
+        }
     }
 
     /// Where it is.
@@ -83,7 +85,11 @@ impl TableFrames {
 
     fn entry(&mut self, table: u64, index: usize) -> Option<&mut [u8; 8]> {
         let at = usize::try_from(table.checked_sub(self.block.range.start)?).ok()?;
-        self.block.bytes_mut().get_mut(at..)?.get_mut(index * 8..)?.first_chunk_mut()
+        self.block
+            .bytes_mut()
+            .get_mut(at..)?
+            .get_mut(index * 8..)?
+            .first_chunk_mut()
     }
 }
 
@@ -95,7 +101,9 @@ impl TableMemory for TableFrames {
     }
 
     fn read(&self, table: u64, index: usize) -> u64 {
-        let offset = table.wrapping_sub(self.block.range.start).saturating_add(index as u64 * 8);
+        let offset = table
+            .wrapping_sub(self.block.range.start)
+            .saturating_add(index as u64 * 8);
         assert!(offset % 8 == 0 && offset < self.block.range.len);
         // SAFETY: just checked to be an aligned u64 inside the block, which is this value's.
         unsafe { ((self.block.range.start + offset) as *const u64).read() }
@@ -133,7 +141,10 @@ unsafe impl Sync for Place {}
 static KEPT: Place = Place(UnsafeCell::new(Kept {
     info: BootInfo::new(LoaderKind::MULTIBOOT2),
     map: [MemoryRange::new(0, 0, MemoryKind(0), 0); MAP_ENTRIES],
-    arena: Arena { bytes: [0; ARENA], used: 0 },
+    arena: Arena {
+        bytes: [0; ARENA],
+        used: 0,
+    },
 }));
 
 impl Kept {
