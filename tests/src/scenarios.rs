@@ -17,7 +17,7 @@ pub const ALL: &[Scenario] = &[
         "no-svm",
         "a processor without AMD-V is named on the serial port",
         Start::Ramdisk(DOM0_INIT),
-        60,
+        200,
         no_svm,
     )
     .cpu("qemu64,-svm"),
@@ -25,7 +25,7 @@ pub const ALL: &[Scenario] = &[
         "no-npt",
         "a processor with AMD-V but without nested paging is named on the serial port",
         Start::Ramdisk(DOM0_INIT),
-        60,
+        200,
         no_npt,
     )
     .cpu("qemu64,+svm,-npt"),
@@ -33,7 +33,7 @@ pub const ALL: &[Scenario] = &[
         "config-missing",
         "without galvan.cfg the loader names the file",
         Start::Ramdisk(DOM0_INIT),
-        60,
+        200,
         config_missing,
     )
     .config(Config::Missing),
@@ -41,7 +41,7 @@ pub const ALL: &[Scenario] = &[
         "config-no-kernel",
         "a kernel that is not there is named with the line that asks for it",
         Start::Ramdisk(DOM0_INIT),
-        60,
+        200,
         config_no_kernel,
     )
     .config(Config::Text(
@@ -51,7 +51,7 @@ pub const ALL: &[Scenario] = &[
         "config-not-a-kernel",
         "a kernel that is none is named with what is wrong with it",
         Start::Ramdisk(DOM0_INIT),
-        60,
+        200,
         config_not_a_kernel,
     )
     .config(Config::Text(
@@ -61,7 +61,7 @@ pub const ALL: &[Scenario] = &[
         "dom0-mem-too-large",
         "more memory for dom0 than the machine has is refused with both numbers",
         Start::Ramdisk(DOM0_INIT),
-        60,
+        200,
         dom0_mem_too_large,
     )
     .config(Config::Text(
@@ -196,7 +196,7 @@ pub const ALL: &[Scenario] = &[
 fn no_svm(c: &mut Console) -> Result<()> {
     c.expect(
         r"galvan\.efi: [^\n]*(neither SVM nor VMX|no AMD-V|no SVM)",
-        45,
+        150,
     )?;
     Ok(())
 }
@@ -210,7 +210,7 @@ fn config_not_a_kernel(c: &mut Console) -> Result<()> {
     c.panics_are_expected();
     c.expect(
         r"Galvan cannot start dom0: the file of kernel= in galvan\.cfg: [^\n]+",
-        45,
+        150,
     )?;
     c.expect_off(30)?;
     Ok(())
@@ -221,7 +221,7 @@ fn dom0_mem_too_large(c: &mut Console) -> Result<()> {
     c.expect(r"frobnicate=1: unknown option", 45)?;
     c.expect(
         r"dom0_mem: 9000 MiB wanted, the machine has \d+ MiB for dom0",
-        45,
+        150,
     )?;
     c.expect_off(30)?;
     Ok(())
