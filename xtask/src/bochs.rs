@@ -28,12 +28,16 @@ const CONNECT: Duration = Duration::from_secs(60);
 const PROGRAM: &str = "bochs-bin";
 /// The firmware, with its variables in the same file.
 const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
+/// The display that is text on a terminal, here on none: the other one that Debian has without
+/// further packages would be a VNC server without a password.
+const DISPLAY: &str = "/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so";
 const VGA_BIOS: &str = "/usr/share/bochs/VGABIOS-lgpl-latest";
 
 /// Packages of what is missing to run Bochs.
 pub fn missing() -> Vec<&'static str> {
     [
         (PROGRAM, "bochs"),
+        (DISPLAY, "bochs-term"),
         (VGA_BIOS, "vgabios"),
         (FIRMWARE, "ovmf"),
         // Ends Bochs with the process that wanted it.
@@ -84,7 +88,7 @@ impl Machine {
         // Without time limits of its own (`sync=none`) the machine is as fast as the host lets it
         // be. MSRs that Bochs does not know read as 0, as on no processor; dom0 reads some.
         format!(
-            "display_library: rfb, options=\"timeout=0\"\n\
+            "display_library: term\n\
              romimage: file={FIRMWARE}\n\
              vgaromimage: file={VGA_BIOS}\n\
              megs: {}\n\
@@ -134,6 +138,7 @@ impl Machine {
             .arg("-rc")
             .arg(dir.join("rc"))
             .current_dir(&dir)
+            .env("TERM", "vt100")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(out)
