@@ -94,6 +94,20 @@ pub const ALL: &[Scenario] = &[
     )
     .on_bochs("corei7_haswell_4770"),
     Scenario::new(
+        "vtx-smp",
+        "VT-x: two processors, a BIOS and GRUB; dom0 runs on both and switches the machine off",
+        Start::Ramdisk(DOM0_INIT),
+        1200,
+        vtx::two_processors,
+    )
+    .on_bochs("corei7_haswell_4770")
+    .smp(2)
+    .by(Loader::GrubBios)
+    .config(Config::Usual {
+        options: "dom0_max_vcpus=2",
+        cmdline: "",
+    }),
+    Scenario::new(
         "abuse",
         "hostile guests get an errno or their own end; dom0 and all memory are there afterwards",
         Start::Toolstack,

@@ -26,14 +26,21 @@ const IPS: u32 = 140_000_000;
 const CONNECT: Duration = Duration::from_secs(60);
 /// Bochs itself: `bochs` is a shell script around it.
 const PROGRAM: &str = "bochs-bin";
-/// The firmware, with its variables in the same file.
+/// Its BIOS, which unlike UEFI has ACPI tables on this machine.
+const BIOS: &str = "/usr/share/bochs/BIOS-bochs-latest";
+/// UEFI, with its variables in the same file.
 const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
+/// The display that is text on a terminal, here on none: the other one that Debian has without
+/// further packages would be a VNC server without a password.
+const DISPLAY: &str = "/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so";
 const VGA_BIOS: &str = "/usr/share/bochs/VGABIOS-lgpl-latest";
 
 /// Packages of what is missing to run Bochs.
 pub fn missing() -> Vec<&'static str> {
     [
         (PROGRAM, "bochs"),
+        (DISPLAY, "bochs-term"),
+        (BIOS, "bochsbios"),
         (VGA_BIOS, "vgabios"),
         (FIRMWARE, "ovmf"),
         // Ends Bochs with the process that wanted it.
@@ -54,6 +61,9 @@ pub struct Machine {
     pub smp: u32,
     /// Memory, MiB.
     pub mem: u32,
+    /// Whether its firmware is a BIOS, and not UEFI. With UEFI there are no ACPI tables, and
+    /// without them no second processor.
+    pub bios: bool,
     /// The disk the firmware boots from. The machine writes to it, and it is made a whole number
     /// of cylinders long.
     pub boot: PathBuf,
@@ -75,6 +85,7 @@ impl Machine {
             model: MODEL.to_owned(),
             smp: 1,
             mem: 1024,
+            bios: false,
             boot: boot.to_owned(),
         }
     }
@@ -84,8 +95,8 @@ impl Machine {
         // Without time limits of its own (`sync=none`) the machine is as fast as the host lets it
         // be. MSRs that Bochs does not know read as 0, as on no processor; dom0 reads some.
         format!(
-            "display_library: rfb, options=\"timeout=0\"\n\
-             romimage: file={FIRMWARE}\n\
+            "display_library: term\n\
+             romimage: file={}\n\
              vgaromimage: file={VGA_BIOS}\n\
              megs: {}\n\
              cpu: model={}, count={}, ips={IPS}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
@@ -99,6 +110,7 @@ impl Machine {
              error: action=report\n\
              info: action=report\n\
              debug: action=ignore\n",
+            if self.bios { BIOS } else { FIRMWARE },
             self.mem,
             self.model,
             self.smp,
@@ -134,6 +146,7 @@ impl Machine {
             .arg("-rc")
             .arg(dir.join("rc"))
             .current_dir(&dir)
+            .env("TERM", "vt100")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(out)
@@ -267,6 +280,7 @@ mod tests {
             text.contains("cpu: model=corei7_skylake_x, count=2,"),
             "{text}"
         );
+        assert!(text.contains("OVMF.fd\n"), "{text}");
         assert!(
             text.contains("mode=socket-client, dev=127.0.0.1:4711\n"),
             "{text}"

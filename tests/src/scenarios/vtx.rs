@@ -40,6 +40,27 @@ fn leave(c: &mut Console) -> Result<()> {
     Ok(())
 }
 
+/// Two processors: the BIOS names them, and dom0 has one vCPU for each.
+pub(super) fn two_processors(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan: VT-x with EPT", 240)?;
+    c.expect(r"\(galvan\) [^\n]* 2 CPUs\n", 120)?;
+    c.expect(r"VT-x: EPT, unrestricted guest", 240)?;
+    c.expect(r"DOM0-INIT-UP", 600)?;
+    let cpus = c.expect(r"(?m)^cpus: (\d+)$", 30)?;
+    ensure!(cpus[1] == "2", "dom0 has {} processors", cpus[1]);
+    let slept = c.expect(r"two seconds of sleep took (\d+) s", 120)?;
+    ensure!(
+        matches!(&*slept[1], "2" | "3"),
+        "dom0's clock says {} s",
+        slept[1]
+    );
+    c.expect(r"DOM0-INIT-END", 60)?;
+    // Here there is ACPI to switch it off with.
+    c.expect_off(120)?;
+    c.finding(&format!("off after {:.0} s", c.elapsed().as_secs_f32()));
+    Ok(())
+}
+
 /// A guest with stock `xl` on VT-x: its console, disk and network, and all is free at its end.
 pub(super) fn guest(c: &mut Console) -> Result<()> {
     to_prompt(c)?;
