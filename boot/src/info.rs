@@ -390,7 +390,8 @@ pub struct BootInfo {
     pub reserved: u32,
     /// The memory map: an array of [`MemoryRange`].
     pub memory_map: PhysRange,
-    /// The ACPI root pointer; 0 = the loader found none.
+    /// The ACPI root pointer; 0 = the loader was told of none. (One started by EFI is told of any
+    /// there is; on a BIOS's machine the hypervisor looks for itself.)
     pub rsdp: u64,
     /// The SMBIOS entry point, whose anchor tells its version; 0 = none.
     pub smbios: u64,

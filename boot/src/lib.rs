@@ -18,4 +18,3 @@ pub mod mbi;
 pub mod memory_map;
 pub mod options;
 pub mod paging;
-pub mod rsdp;

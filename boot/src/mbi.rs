@@ -52,7 +52,7 @@ pub struct Handed<'a> {
     pub map: Map<'a>,
     /// The screen, if the loader says what it is.
     pub framebuffer: Option<FrameBuffer>,
-    /// The loader's copy of ACPI's root pointer.
+    /// The loader's copy of ACPI's root pointer, unchecked.
     pub rsdp: Option<&'a [u8]>,
     /// The EFI system table; 0 = not started by EFI.
     pub efi_system_table: u64,

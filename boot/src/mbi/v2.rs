@@ -3,7 +3,6 @@
 use super::{BadInfo, Handed, Layout, MAX_MODULES, MAX_TEXT, Map, Memory, Module, ScreenFields};
 use super::{arguments, e820, text, u32_at, u64_at};
 use crate::info::{LoaderKind, PhysRange};
-use crate::rsdp;
 
 /// What a loader leaves in EAX.
 pub const MAGIC: u32 = 0x36d7_6289;
@@ -170,8 +169,8 @@ fn parse(block: &[u8]) -> Result<Handed<'_>, BadInfo> {
                 .frame_buffer();
             }
             EFI64_SYSTEM_TABLE => efi_system_table = tag.u64(8)?,
-            ACPI_OLD => rsdp_old = rsdp::at_start(tag.rest(8)?),
-            ACPI_NEW => rsdp_new = rsdp::at_start(tag.rest(8)?),
+            ACPI_OLD => rsdp_old = Some(tag.rest(8)?),
+            ACPI_NEW => rsdp_new = Some(tag.rest(8)?),
             EFI_BOOT_SERVICES => return Err(BadInfo::BootServices),
             _ => {}
         }
@@ -269,8 +268,8 @@ mod tests {
                 ]
                 .concat(),
             ),
-            tag(ACPI_OLD, &rsdp::tests::rsdp(0)),
-            tag(ACPI_NEW, &rsdp::tests::rsdp(2)),
+            tag(ACPI_OLD, &[1; 20]),
+            tag(ACPI_NEW, &[2; 36]),
         ]);
         let handed = handed(&block).unwrap();
         assert_eq!(handed.loader, LoaderKind::MULTIBOOT2);
@@ -287,7 +286,7 @@ mod tests {
             (screen.format, screen.width, screen.height, screen.stride),
             (PixelFormat::TEXT, 80, 25, 80)
         );
-        assert_eq!(handed.rsdp, Some(&*rsdp::tests::rsdp(2)));
+        assert_eq!(handed.rsdp, Some(&[2; 36][..]));
         assert_eq!(handed.efi_system_table, 0);
     }
 
@@ -410,7 +409,7 @@ mod tests {
                 module(0x100_0000, 0x180_0000, "y"),
                 memory_map(),
                 tag(EFI_MAP, &[words(&[40, 1]), vec![1; 80]].concat()),
-                tag(ACPI_NEW, &rsdp::tests::rsdp(2)),
+                tag(ACPI_NEW, &[2; 36]),
                 tag(FRAME_BUFFER, &[0x11; 40]),
             ]);
             if let Some(byte) = block.get_mut(at) {

@@ -11,7 +11,6 @@ use galvan_boot::info::{
 use galvan_boot::mbi::{self, BadInfo, Handed, Map, Memory};
 use galvan_boot::memory_map::{Full, MapBuilder, NoRoom, capacity};
 use galvan_boot::paging::{Layout, MapError};
-use galvan_boot::rsdp;
 
 use crate::console::{self, say};
 use crate::edge::enter::{GDT, State, enter};
@@ -95,12 +94,9 @@ fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infall
     }
     let gdt = keep(GDT.map(u64::to_le_bytes).as_flattened())?.start;
     info.efi_system_table = handed.efi_system_table;
-    info.rsdp = match handed.rsdp {
-        Some(copy) => keep(copy)?.start,
-        None => find_rsdp(&left).unwrap_or(0),
-    };
-    if info.rsdp == 0 {
-        say("firmware has no ACPI tables");
+    if let Some(copy) = handed.rsdp {
+        // 36 bytes in all versions so far.
+        info.rsdp = keep(copy.get(..64).unwrap_or(copy))?.start;
     }
     let is_bios = matches!(handed.map, Map::E820 { .. }) && handed.efi_system_table == 0;
     let bios_screen = || {
@@ -187,21 +183,6 @@ fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infall
     // this program; the image was loaded by its plan; all that the hand-over refers to is in this
     // program's memory, in what was taken for it, or in modules.
     unsafe { enter(&state, DIRECT_MAP_BASE + &raw const kept.info as u64) }
-}
-
-/// ACPI's root pointer in a BIOS's memory.
-fn find_rsdp(left: &Left) -> Option<u64> {
-    let segment = left
-        .bytes(rsdp::EBDA_SEGMENT.start, 2)?
-        .first_chunk()
-        .map(|&b| u16::from_le_bytes(b))?;
-    [rsdp::ebda_area(segment), Some(rsdp::BIOS_AREA)]
-        .into_iter()
-        .flatten()
-        .find_map(|area| {
-            let offset = rsdp::find(left.bytes(area.start, area.len as usize)?)?;
-            Some(area.start + offset as u64)
-        })
 }
 
 /// Text of the loader's, whatever bytes it has.

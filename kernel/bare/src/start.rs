@@ -11,8 +11,9 @@ use alloc::vec::Vec;
 
 use galvan_base::hw::EcamWindow;
 use galvan_base::{Mpa, PAGE_SIZE};
-use galvan_boot::info::{BootInfo, MemoryKind, MemoryMap, PhysRange};
+use galvan_boot::info::{BootInfo, LoaderKind, MemoryKind, MemoryMap, PhysRange};
 use galvan_kernel::cmdline::Options;
+use galvan_kernel::dom0_build::acpi::find_rsdp;
 use galvan_kernel::dom0_build::acpi::host::{HostAcpi, IoApic, Madt, Register};
 use spin::Once;
 
@@ -115,7 +116,12 @@ fn firmware_memory(at: u64, len: usize) -> Option<&'static [u8]> {
 }
 
 fn read_acpi() -> Option<HostAcpi<'static>> {
-    let rsdp = boot_info().rsdp;
+    let rsdp = match (boot_info().rsdp, boot_info().loader) {
+        (0, LoaderKind::UEFI) => 0,
+        // A multiboot loader need not know, and there may be a BIOS.
+        (0, _) => find_rsdp(&firmware_memory).unwrap_or(0),
+        (known, _) => known,
+    };
     if rsdp == 0 {
         log::warn!("firmware has no ACPI tables: one CPU, no memory-mapped configuration space");
         return None;

@@ -1,6 +1,9 @@
 //! Bytes that come from files and firmware.
 
 use galvan_boot::config::Config;
+use galvan_boot::info::{MemoryKind, MemoryRange, PhysRange};
+use galvan_boot::mbi::{Handed, Memory, v1, v2};
+use galvan_boot::memory_map::{MapBuilder, capacity};
 use galvan_boot::options::LoadOptions;
 use galvan_kernel::cmdline;
 use galvan_kernel::dom0_build::acpi::{HostAcpi, dom0_tables, find_rsdp};
@@ -59,5 +62,33 @@ pub fn config(data: &[u8]) {
     }
     if let Ok(text) = core::str::from_utf8(data) {
         let _ = LoadOptions::parse(text, "fuzz.efi");
+    }
+}
+
+/// A multiboot loader's information, by both versions: at address 0, where all it refers to is too.
+pub fn multiboot(data: &[u8]) {
+    struct Input<'a>(&'a [u8]);
+    impl<'a> Memory<'a> for Input<'a> {
+        fn bytes(&self, start: u64, len: usize) -> Option<&'a [u8]> {
+            self.0.get(usize::try_from(start).ok()?..)?.get(..len)
+        }
+    }
+    for magic in [v1::MAGIC, v2::MAGIC] {
+        let Ok(handed) = Handed::read(magic, 0, &Input(data)) else {
+            continue;
+        };
+        let own = PhysRange::new(0x20_0000, 0x10_0000);
+        if let Ok((kernel, Some(ramdisk))) = handed.checked_modules(own) {
+            assert!(!kernel.data.overlaps(&ramdisk.data) && !kernel.data.overlaps(&own));
+        }
+        let blank = MemoryRange::new(0, 0, MemoryKind::RESERVED, 0);
+        let mut buffer = vec![blank; capacity(handed.map.entries(), 1)];
+        let mut map = MapBuilder::new(&mut buffer);
+        // The capacity is enough for whatever the map says.
+        assert_eq!(handed.map.add_to(&mut map), Ok(()));
+        let _ = map.take_highest(1 << 20, 2 << 20, 1 << 32, MemoryKind::LOADER);
+        for pair in map.finish().windows(2) {
+            assert!(pair[0].end() <= pair[1].start);
+        }
     }
 }

@@ -55,6 +55,11 @@ pub const TARGETS: &[Target] = &[
         about: "galvan.cfg and both command lines",
         run: files::config,
     },
+    Target {
+        name: "multiboot",
+        about: "what a multiboot loader leaves in memory, both versions",
+        run: files::multiboot,
+    },
 ];
 
 #[cfg(test)]
