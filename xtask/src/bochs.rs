@@ -30,16 +30,12 @@ const PROGRAM: &str = "bochs-bin";
 const BIOS: &str = "/usr/share/bochs/BIOS-bochs-latest";
 /// UEFI, with its variables in the same file.
 const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
-/// The display that is text on a terminal, here on none: the other one that Debian has without
-/// further packages would be a VNC server without a password.
-const DISPLAY: &str = "/usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so";
 const VGA_BIOS: &str = "/usr/share/bochs/VGABIOS-lgpl-latest";
 
 /// Packages of what is missing to run Bochs.
 pub fn missing() -> Vec<&'static str> {
     [
         (PROGRAM, "bochs"),
-        (DISPLAY, "bochs-term"),
         (BIOS, "bochsbios"),
         (VGA_BIOS, "vgabios"),
         (FIRMWARE, "ovmf"),
@@ -92,10 +88,11 @@ impl Machine {
 
     /// Its configuration file. `dir` is where Bochs writes, `port` where its serial port connects.
     fn bochsrc(&self, dir: &Path, port: u16) -> String {
-        // Without time limits of its own (`sync=none`) the machine is as fast as the host lets it
+        // The display is a VNC server: that on a terminal ends the machine where firmware asks for
+        // graphics. Without time limits of its own (`sync=none`) the machine is as fast as the host lets it
         // be. MSRs that Bochs does not know read as 0, as on no processor; dom0 reads some.
         format!(
-            "display_library: term\n\
+            "display_library: rfb, options=\"timeout=0\"\n\
              romimage: file={}\n\
              vgaromimage: file={VGA_BIOS}\n\
              megs: {}\n\
@@ -146,7 +143,6 @@ impl Machine {
             .arg("-rc")
             .arg(dir.join("rc"))
             .current_dir(&dir)
-            .env("TERM", "vt100")
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(out)

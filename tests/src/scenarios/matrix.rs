@@ -64,9 +64,8 @@ pub const ALL: &[Scenario] = &[
     perhaps("qemu-max").cpu("max"),
 ];
 
-/// Those among them that run by default: one that is refused. (`vtx` and `vtx-smp` run on one that
-/// works.)
-pub const BY_DEFAULT: &[&str] = &["bochs-penryn"];
+/// Those among them that run by default: one that is refused, and the oldest that works.
+pub const BY_DEFAULT: &[&str] = &["bochs-penryn", "bochs-arrandale"];
 
 /// The loader's verdict.
 const VERDICT: &str = r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)|galvan\.efi: ([^\n]*processor[^\n]*|[^\n]*AMD-V[^\n]*|[^\n]*VT-x[^\n]*)";
