@@ -68,7 +68,7 @@ pub const ALL: &[Scenario] = &[
 pub const BY_DEFAULT: &[&str] = &["bochs-penryn", "bochs-arrandale"];
 
 /// The loader's verdict.
-const VERDICT: &str = r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)|galvan\.efi: ([^\n]*processor[^\n]*|[^\n]*AMD-V[^\n]*|[^\n]*VT-x[^\n]*)";
+const VERDICT: &str = r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)\n|galvan\.efi: ([^\n]*(?:processor|AMD-V|VT-x)[^\n]*)\n";
 
 fn boots(c: &mut Console) -> Result<()> {
     c.expect(r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)\n", 240)?;
@@ -86,9 +86,10 @@ fn boots_or_refuses(c: &mut Console) -> Result<()> {
 
 /// From the hypervisor's first line to the end of dom0's init.
 fn comes_up(c: &mut Console) -> Result<()> {
-    let apic = c.expect(r"local APIC: ([^\n]*)", 240)?;
-    let caps = c.expect(r"(VT-x: EPT[^\n]*|AMD-V: [^\n]*?Features\([^)]*\))", 240)?;
-    c.finding(&format!("{}; {}", caps[1], apic[1]));
+    // Lines come in pieces: only their ends tell that they are whole.
+    let apic = c.expect(r"local APIC: (x2?APIC)", 240)?;
+    let caps = c.expect(r"(VT-x: EPT[^\n]*)\n|(AMD-V): [^\n]*?Features\(([^)]*)\)", 240)?;
+    c.finding(&format!("{}{} {}; {}", caps[1], caps[2], caps[3], apic[1]));
     c.expect(r"DOM0-INIT-UP", 600)?;
     let slept = c.expect(r"two seconds of sleep took (\d+) s", 120)?;
     anyhow::ensure!(
@@ -114,7 +115,7 @@ fn back_at_the_loader(c: &mut Console) -> Result<()> {
 }
 
 fn refuses(c: &mut Console, why: &str) -> Result<()> {
-    let line = c.expect(&format!(r"galvan\.efi: ([^\n]*{why}[^\n]*)"), 240)?;
+    let line = c.expect(&format!(r"galvan\.efi: ([^\n]*{why}[^\n]*)\n"), 240)?;
     c.finding(&line[1]);
     back_at_the_loader(c)
 }
