@@ -107,7 +107,7 @@ pub const ALL: &[Scenario] = &[
         options: "dom0_max_vcpus=2",
         cmdline: "",
     })
-    .disabled("seen to pass by hand; once stood still after \"Run /init\", the cause is not known"),
+    .disabled("the same was seen to work by hand, but the scenario not yet to its end"),
     Scenario::new(
         "abuse",
         "hostile guests get an errno or their own end; dom0 and all memory are there afterwards",
