@@ -71,7 +71,10 @@ pub const BY_DEFAULT: &[&str] = &["bochs-penryn", "bochs-arrandale"];
 const VERDICT: &str = r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)\n|galvan\.efi: ([^\n]*(?:processor|AMD-V|VT-x)[^\n]*)\n";
 
 fn boots(c: &mut Console) -> Result<()> {
-    c.expect(r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)\n", 240)?;
+    c.expect(
+        r"galvan\.efi: (VT-x with EPT|AMD-V with nested paging)\n",
+        240,
+    )?;
     comes_up(c)
 }
 
@@ -88,7 +91,10 @@ fn boots_or_refuses(c: &mut Console) -> Result<()> {
 fn comes_up(c: &mut Console) -> Result<()> {
     // Lines come in pieces: only their ends tell that they are whole.
     let apic = c.expect(r"local APIC: (x2?APIC)", 240)?;
-    let caps = c.expect(r"(VT-x: EPT[^\n]*)\n|(AMD-V): [^\n]*?Features\(([^)]*)\)", 240)?;
+    let caps = c.expect(
+        r"(VT-x: EPT[^\n]*)\n|(AMD-V): [^\n]*?Features\(([^)]*)\)",
+        240,
+    )?;
     c.finding(&format!("{}{} {}; {}", caps[1], caps[2], caps[3], apic[1]));
     c.expect(r"DOM0-INIT-UP", 600)?;
     let slept = c.expect(r"two seconds of sleep took (\d+) s", 120)?;

@@ -132,7 +132,10 @@ pub(super) fn guest(c: &mut Console) -> Result<()> {
     same_bytes("the disk as dom0 has it", &written, &file)?;
 
     let after = left(c)?;
-    ensure!(before == after, "{before:?} before the guest, {after:?} after");
+    ensure!(
+        before == after,
+        "{before:?} before the guest, {after:?} after"
+    );
     c.finding(&format!(
         "{} MiB and {} event channels before and after a guest",
         after.free_mib, after.event_channels
