@@ -68,7 +68,8 @@ pub fn fuzz(args: &Args) -> Result<()> {
     fs::create_dir_all(&found)?;
 
     let (mut passed, mut failed) = (0, 0);
-    let targets = sh::output(Command::new(&program).arg("-runs=0"))?;
+    // libFuzzer takes the end of the list for a crash, and leaves an input where it stands.
+    let targets = sh::output(Command::new(&program).arg("-runs=0").current_dir(&target))?;
     for (name, about) in targets.lines().filter_map(|l| l.split_once('\t')) {
         if args
             .filter
