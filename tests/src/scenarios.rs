@@ -6,6 +6,7 @@ use crate::{Config, Console, Loader, Scenario, Start};
 
 mod abuse;
 mod guests;
+pub mod load;
 pub mod matrix;
 mod vtx;
 

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use galvan_tests::{Bus, Config, Console, Emulator, Loader, Scenario, Start, scenarios};
-use scenarios::matrix;
+use scenarios::{load, matrix};
 
 use crate::cpio::Cpio;
 use crate::dom0::{self, Dom0};
@@ -41,6 +41,9 @@ pub struct Args {
     /// Boot every processor of the matrix to dom0's init, in Bochs and QEMU, instead of the rest.
     #[arg(long, conflicts_with_all = ["stock", "all"])]
     matrix: bool,
+    /// Play the scenarios of faults and load, of minutes each, instead of the rest.
+    #[arg(long, conflicts_with_all = ["stock", "all", "matrix"])]
+    load: bool,
     /// How many machines run side by side [default: as many as the host has processors].
     #[arg(long)]
     jobs: Option<usize>,
@@ -65,6 +68,10 @@ pub fn test(args: &Args) -> Result<()> {
                 println!("{:24}   disabled: {reason}", "");
             }
         }
+        for scenario in load::ALL {
+            println!("{:24} {}", scenario.name, scenario.about);
+            println!("{:24}   by --load", "");
+        }
         for scenario in matrix::ALL {
             println!("{:24} {}", scenario.name, scenario.about);
             if !by_default(scenario) {
@@ -75,16 +82,20 @@ pub fn test(args: &Args) -> Result<()> {
     }
     let mut count = Count::default();
     let named = |s: &Scenario| args.filter.as_deref() == Some(s.name);
-    let mut every = scenarios::ALL.iter().chain(matrix::ALL);
-    if !args.no_host && !args.stock && !args.matrix && !every.any(named) {
+    let usual = !args.matrix && !args.load;
+    let mut every = scenarios::ALL.iter().chain(load::ALL).chain(matrix::ALL);
+    if !args.no_host && !args.stock && usual && !every.any(named) {
         host(args.filter.as_deref(), &mut count)?;
     }
     if !args.no_machine {
-        let usual = scenarios::ALL.iter().filter(|_| !args.matrix);
+        let loads = load::ALL.iter().filter(|s| args.load || named(s));
         let processors = matrix::ALL
             .iter()
-            .filter(|s| args.matrix || named(s) || (by_default(s) && !args.stock));
-        let chosen: Vec<&Scenario> = usual
+            .filter(|s| args.matrix || named(s) || (by_default(s) && usual && !args.stock));
+        let chosen: Vec<&Scenario> = scenarios::ALL
+            .iter()
+            .filter(|_| usual)
+            .chain(loads)
             .chain(processors)
             .filter(|s| args.filter.as_deref().is_none_or(|f| s.name.contains(f)))
             .filter(|s| s.disabled.is_none() || args.all || named(s))
@@ -95,7 +106,7 @@ pub fn test(args: &Args) -> Result<()> {
             machines(&chosen, args, &mut count)?;
         }
         for scenario in scenarios::ALL.iter().filter(|s| s.disabled.is_some()) {
-            if !args.matrix && !chosen.iter().any(|c| c.name == scenario.name) {
+            if usual && !chosen.iter().any(|c| c.name == scenario.name) {
                 println!(
                     "machine {} ... left out: {}",
                     scenario.name,

@@ -123,6 +123,7 @@ const APPLETS: &[&str] = &[
     "id",
     "insmod",
     "kill",
+    "killall",
     "less",
     "ln",
     "logger",
