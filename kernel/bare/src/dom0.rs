@@ -241,7 +241,7 @@ pub fn run() -> ! {
         console: &crate::logger::RING,
         input: galvan_kernel::console::ConsoleInput::new(),
         irqs: Default::default(),
-        identity: galvan_kernel::xen_version::Identity::new(options.abi.version(), String::from_utf8_lossy(bytes(info.cmdline)).into_owned()),
+        identity: galvan_kernel::xen_version::Identity::new(options.abi.version(), String::from_utf8_lossy(bytes_of(info.cmdline)).into_owned()),
         cpus: (0..cpus).map(|_| CpuState::default()).collect(),
         wallclock: galvan_kernel::time::WallClock::new(&MACHINE),
         cpu_policy: cpu_policy(&caps, options),

@@ -19,6 +19,8 @@ use spin::Once;
 
 /// What the loader handed over, copied out of its memory.
 static BOOT: Once<BootInfo> = Once::new();
+/// The memory map, copied out of the loader's memory, which ends up free.
+static MEMORY_MAP: Once<&'static [u8]> = Once::new();
 /// The command line.
 static OPTIONS: Once<Options<'static>> = Once::new();
 /// The IO-APICs.
@@ -45,7 +47,12 @@ pub fn options() -> &'static Options<'static> {
 
 /// The machine's memory map.
 pub fn memory_map() -> MemoryMap<'static> {
-    boot_info().memory_map(bytes)
+    boot_info().memory_map(|loaders| MEMORY_MAP.get().copied().unwrap_or_else(|| bytes(loaders)))
+}
+
+/// A copy for ever of what the loader left in memory that ends up free.
+fn keep(r: PhysRange) -> &'static [u8] {
+    if r.is_empty() { &[] } else { Vec::leak(bytes(r).to_vec()) }
 }
 
 /// What firmware says of the machine, if it has tables.
@@ -70,7 +77,8 @@ extern "C" fn _start(info: *const BootInfo) -> ! {
     crate::bootmem::init(memory_map().iter());
     crate::paging::init(info, memory_map().iter());
     crate::heap::init();
-    read_options(bytes(info.cmdline));
+    MEMORY_MAP.call_once(|| keep(info.memory_map));
+    read_options(keep(info.cmdline));
     if options().console.vga
         && let Some(f) = info.screen()
     {
