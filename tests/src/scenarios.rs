@@ -12,6 +12,12 @@ mod vtx;
 
 const DOM0_INIT: &str = include_str!("../ramdisk/dom0-init");
 
+/// Debian without the guest that starts with it, where the scenario is about dom0.
+const WITHOUT_GUEST: Config = Config::Usual {
+    options: "",
+    cmdline: "systemd.mask=galvan-demo.service",
+};
+
 /// All of them.
 pub const ALL: &[Scenario] = &[
     Scenario::new(
@@ -149,7 +155,8 @@ pub const ALL: &[Scenario] = &[
         grub_debian,
     )
     .by(Loader::GrubBios)
-    .on_ahci(),
+    .on_ahci()
+    .config(WITHOUT_GUEST),
     Scenario::new(
         "multiboot1-no-kernel",
         "without modules the missing kernel is named",
@@ -191,7 +198,8 @@ pub const ALL: &[Scenario] = &[
         dom0_ahci,
     )
     .on_ahci()
-    .without_iommu(),
+    .without_iommu()
+    .config(WITHOUT_GUEST),
     Scenario::new(
         "guest-demo",
         "the guest demo runs from boot: login, disk, network both ways, and all is free at its end",
@@ -348,6 +356,7 @@ fn to_prompt(c: &mut Console) -> Result<()> {
     ));
     c.expect(r"xl dmesg +the log of the hypervisor", 300)?;
     c.expect(r"root@galvan:~# ", 60)?;
+    c.finding(&format!("shell after {:.1} s", c.elapsed().as_secs_f32()));
     Ok(())
 }
 
