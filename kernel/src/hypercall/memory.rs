@@ -201,9 +201,13 @@ fn populate(
     changes.add_ram(at, mfn, order).is_ok()
 }
 
-/// Takes one extent back. False if it is not the domain's RAM throughout.
+/// Takes one extent back. False if there is nothing, or something that is given back otherwise. A
+/// larger extent may have holes.
 fn remove(changes: &mut crate::p2m::Changes<'_>, at: Gfn, order: PageOrder) -> bool {
     let n = order.frames();
+    if n == 1 {
+        return changes.remove_one(at).is_ok();
+    }
     if !at.is_aligned(order) || at.checked_add(n - 1).is_none() {
         return false;
     }
@@ -475,10 +479,17 @@ fn claim(cx: &mut Cx<'_>, arg: u64) -> Ret {
 /// anything, and its cache is empty.
 fn pod_target(cx: &mut Cx<'_>, arg: u64) -> Ret {
     let mut a: XenPodTarget = cx.get(arg)?;
-    let d = privileged_target(cx, a.domid)?;
+    if !cx.dom.is_control() {
+        return Err(Errno::EPERM);
+    }
+    // The toolstack sets the control domain's own, too, when that gives memory away.
+    let d = target(cx, a.domid)?;
     a.tot_pages = d.tot_pages.load(Ordering::Relaxed);
     a.pod_cache_pages = 0;
     a.pod_entries = 0;
     cx.put(arg, &a)?;
     Ok(OK)
 }
+
+#[cfg(test)]
+mod tests;
