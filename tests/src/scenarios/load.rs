@@ -192,7 +192,7 @@ fn killed(c: &mut Console) -> Result<()> {
 
     // xenconsoled, while the guest says more than its ring holds.
     c.send("xl console small\n")?;
-    c.send("for i in $(seq 100000); do echo line-$i; done\n")?;
+    c.send("for i in $(seq 20000); do echo line-$i; done\n")?;
     c.expect(r"line-100\n", 120)?;
     c.send("\x1d")?;
     c.expect(r"root@galvan:~# ", 120)?;
@@ -202,7 +202,7 @@ fn killed(c: &mut Console) -> Result<()> {
         30,
     )?;
     c.send("xl console small\n")?;
-    c.expect(r"line-100000\n", 300)?;
+    c.expect(r"line-20000\n", 400)?;
     c.send("\n")?;
     c.expect(r"root@small:~# ", 60)?;
     c.send("\x1d")?;
@@ -300,17 +300,17 @@ fn balloon(c: &mut Console) -> Result<()> {
     let memory = "xl list 0 | awk 'END { print $3 }'";
     let at_first: u64 = c.run(memory, 30)?.trim().parse()?;
     let before = left(c)?;
-    // What Linux itself leaves to a domain of this size is its own affair: as low as it goes.
-    c.run("xl mem-set 0 360", 60)?;
+    // Little less, and its kernel kills the toolstack: the ramdisk takes 200 MiB.
+    c.run("xl mem-set 0 480", 60)?;
     c.run(
-        &format!("for i in $(seq 60); do [ $({memory}) -le 360 ] && break; sleep 1; done; [ $({memory}) -le 360 ]"),
+        &format!("for i in $(seq 60); do [ $({memory}) -le 480 ] && break; sleep 1; done; [ $({memory}) -le 480 ]"),
         120,
     )?;
     let low = left(c)?;
     ensure!(
-        low.free_mib >= before.free_mib + at_first - 361,
+        low.free_mib + 2 >= before.free_mib + at_first - 480,
         "{before:?} before, {low:?} after {} MiB were given away",
-        at_first - 360
+        at_first - 480
     );
     c.run("xl create -q /etc/xen/small.cfg", 240)?;
     c.send("xl console small\n\n")?;
@@ -326,10 +326,16 @@ fn balloon(c: &mut Console) -> Result<()> {
         &format!("for i in $(seq 60); do [ $({memory}) -ge {at_first} ] && break; sleep 1; done; [ $({memory}) -ge {at_first} ]"),
         120,
     )?;
-    all_back(c, &before)?;
+    // All but the tables of small pages that have taken the place of large ones: 4 KiB for 2 MiB.
+    let after = left(c)?;
+    ensure!(
+        after.event_channels == before.event_channels
+            && after.free_mib + (at_first - 480) / 512 + 1 >= before.free_mib,
+        "{before:?} before, {after:?} after"
+    );
     c.finding(&format!(
-        "dom0 from {at_first} to 360 MiB and back; {} MiB free before and after",
-        before.free_mib
+        "dom0 from {at_first} to 480 MiB and back; {} MiB free before and {} after",
+        before.free_mib, after.free_mib
     ));
     Ok(())
 }
