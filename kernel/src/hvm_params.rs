@@ -1,7 +1,8 @@
 //! HVM parameters: numbered words that toolstack and guest leave for each other (public
 //! `hvm/params.h`).
 
-use galvan_dom0_proto::hvm::HVM_NR_PARAMS;
+use galvan_dom0_proto::hvm::{HVM_NR_PARAMS, HVM_PARAM_TRIPLE_FAULT_REASON};
+use galvan_dom0_proto::sched::SHUTDOWN_CRASH;
 
 /// The parameters of one domain.
 #[derive(Clone, Debug)]
@@ -9,7 +10,10 @@ pub struct HvmParams([u64; HVM_NR_PARAMS as usize]);
 
 impl Default for HvmParams {
     fn default() -> Self {
-        HvmParams([0; HVM_NR_PARAMS as usize])
+        let mut all = HvmParams([0; HVM_NR_PARAMS as usize]);
+        // Nobody who means to restart does it that way where there is a hypercall.
+        all.set(HVM_PARAM_TRIPLE_FAULT_REASON, SHUTDOWN_CRASH.into());
+        all
     }
 }
 

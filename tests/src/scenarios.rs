@@ -8,6 +8,7 @@ mod abuse;
 mod guests;
 pub mod load;
 pub mod matrix;
+pub mod peer;
 mod vtx;
 
 const DOM0_INIT: &str = include_str!("../ramdisk/dom0-init");

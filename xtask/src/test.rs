@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use galvan_tests::{Bus, Config, Console, Emulator, Loader, Scenario, Start, scenarios};
-use scenarios::{load, matrix};
+use scenarios::{load, matrix, peer};
 
 use crate::cpio::Cpio;
 use crate::dom0::{self, Dom0};
@@ -44,6 +44,9 @@ pub struct Args {
     /// Play the scenarios of faults and load, of minutes each, instead of the rest.
     #[arg(long, conflicts_with_all = ["stock", "all", "matrix"])]
     load: bool,
+    /// Run the hostile micro-guests on Galvan and on stock Xen, and compare, instead of the rest.
+    #[arg(long, conflicts_with_all = ["stock", "all", "matrix", "load", "filter"])]
+    peer: bool,
     /// How many machines run side by side [default: as many as the host has processors].
     #[arg(long)]
     jobs: Option<usize>,
@@ -81,6 +84,10 @@ pub fn test(args: &Args) -> Result<()> {
         return Ok(());
     }
     let mut count = Count::default();
+    if args.peer {
+        peers(&mut count)?;
+        return verdict(&count);
+    }
     let named = |s: &Scenario| args.filter.as_deref() == Some(s.name);
     let usual = !args.matrix && !args.load;
     let mut every = scenarios::ALL.iter().chain(load::ALL).chain(matrix::ALL);
@@ -115,6 +122,11 @@ pub fn test(args: &Args) -> Result<()> {
             }
         }
     }
+    verdict(&count)
+}
+
+/// The last line, and whether all is well.
+fn verdict(count: &Count) -> Result<()> {
     println!("{} passed, {} failed", count.passed, count.failed);
     if count.failed > 0 {
         bail!(
@@ -224,6 +236,49 @@ fn machines(chosen: &[&Scenario], args: &Args, count: &mut Count) -> Result<()> 
         result.iter().take(running).for_each(|r| report(r, count));
         anyhow::Ok(())
     })?;
+    qemu::clean_up();
+    Ok(())
+}
+
+/// The hostile micro-guest on both hypervisors: each line that one has and the other has not needs
+/// its explanation.
+fn peers(count: &mut Count) -> Result<()> {
+    setup::ensure(setup::FOR_RUN)?;
+    fs::create_dir_all(paths::test_logs())?;
+    fs::create_dir_all(paths::out())?;
+    let mut said = Vec::new();
+    for stock in [false, true] {
+        let mut parts = Parts {
+            hypervisor: if stock {
+                Hypervisor::stock()?
+            } else {
+                Hypervisor::galvan()?
+            },
+            dom0: None,
+        };
+        let boot = parts.boot_disk(&peer::SCENARIO)?;
+        let mut outcome = Outcome::of(&peer::SCENARIO, &boot, None, stock);
+        let name = if stock { "peer-xen" } else { "peer-galvan" };
+        let log = paths::test_logs().join(format!("{name}.log"));
+        fs::rename(&outcome.log, &log)?;
+        (outcome.name, outcome.log) = (name, log);
+        let lines = std::mem::take(&mut outcome.findings);
+        println!("{name}: {} verdicts", lines.len());
+        report(outcome, count);
+        said.push(lines);
+    }
+    for difference in peer::compare(&said[0], &said[1]) {
+        let peer::Difference {
+            on, line, times, why,
+        } = difference;
+        match why {
+            Some(why) => println!("only on {on}: {line} ({times} times): {why}"),
+            None => {
+                count.failed += 1;
+                println!("only on {on}: {line} ({times} times) ... FAILED: not explained");
+            }
+        }
+    }
     qemu::clean_up();
     Ok(())
 }
@@ -406,6 +461,7 @@ fn with_micro_guests(initrd: &Path) -> Result<PathBuf> {
         0o644,
         &fs::read(bare::guest(name)?)?,
     );
+    more.file("root/micro.sh", 0o755, peer::SCRIPT.as_bytes());
     let mut all = fs::read(initrd)?;
     all.resize(all.len().next_multiple_of(4), 0);
     all.extend(more.finish());

@@ -6,6 +6,8 @@
 
 use galvan_base::exit::Exit;
 use galvan_base::state::{Event, RFLAGS_IF, Seg};
+use galvan_dom0_proto::hvm::HVM_PARAM_TRIPLE_FAULT_REASON;
+use galvan_dom0_proto::sched::SHUTDOWN_CRASH;
 
 use crate::guest_access::Cx;
 use crate::hypercall::{self, After};
@@ -96,11 +98,26 @@ pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
             let has_code = matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30);
             inject(cx, Event::Exception(vector, has_code.then_some(error)))
         }
-        Exit::Shutdown => Next::Crash("triple fault"),
+        Exit::Shutdown => triple_fault(cx, exit),
         Exit::TaskSwitch => Next::Crash("hardware task switch"),
         Exit::EntryFailed { .. } => Next::Crash("the processor refused the guest state"),
         Exit::Unknown { .. } => Next::Crash("exit of an unknown kind"),
         Exit::Interrupt | Exit::Nmi => Next::Resume,
+    }
+}
+
+/// A triple fault is the end of the domain: a crash, unless the toolstack has set another reason, such
+/// as the restart that it is on a processor (`HVM_PARAM_TRIPLE_FAULT_REASON`).
+#[cold]
+fn triple_fault(cx: &mut Cx<'_>, exit: Exit) -> Next {
+    let reason = cx.dom.params.lock().get(HVM_PARAM_TRIPLE_FAULT_REASON);
+    match reason.and_then(|r| u8::try_from(r).ok()) {
+        Some(reason) if u32::from(reason) != SHUTDOWN_CRASH => {
+            report_crash(cx, exit, "triple fault, which this domain has instead of a shutdown");
+            cx.dom.shutdown(cx.hv, reason);
+            Next::Yield
+        }
+        _ => Next::Crash("triple fault"),
     }
 }
 

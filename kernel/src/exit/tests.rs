@@ -959,6 +959,19 @@ fn execution_and_page_tables_out_of_memory_end_the_domain() {
 }
 
 #[test]
+fn a_triple_fault_is_a_crash_unless_the_toolstack_says_otherwise() {
+    let s = Setting::new();
+    assert_eq!(s.exit(Exit::Shutdown), Next::Crash("triple fault"));
+    assert_eq!(s.w.dom(1).shutdown_code(), 0xff);
+    let reboot = u64::from(galvan_dom0_proto::sched::SHUTDOWN_REBOOT);
+    let index = HVM_PARAM_TRIPLE_FAULT_REASON;
+    assert!(s.w.dom(1).params.lock().set(index, reboot));
+    assert_eq!(s.exit(Exit::Shutdown), Next::Yield);
+    assert_eq!(u64::from(s.w.dom(1).shutdown_code()), reboot);
+    assert!(!s.w.vcpu(1, 0).runnable());
+}
+
+#[test]
 fn an_instruction_that_is_not_emulated_is_undefined() {
     let s = Setting::new();
     s.set_reg(RBX, HOLE);

@@ -228,7 +228,8 @@ fn backend(c: &mut Console) -> Result<()> {
     gone(c, "demo")?;
     let before = left(c)?;
     for kill in [
-        "pkill -9 -f qemu-system",
+        // dom0 has one of its own.
+        "pkill -9 -f -- \"-xen-domid $(xl domid demo) \"",
         "echo $(ls /sys/bus/xen-backend/drivers/vbd | grep ^vbd-) > /sys/bus/xen-backend/drivers/vbd/unbind",
     ] {
         c.run("xl create -q /root/q.cfg", 120)?;
