@@ -125,6 +125,8 @@ pub struct Domain {
     pub time_offset: AtomicI64,
     /// What it may still cause in the log.
     pub log_budget: LogBudget,
+    /// What it may still write there itself: what is remarked on a guest does not silence it.
+    pub text_budget: LogBudget,
     /// Calls that are not implemented and were logged, by a hash of what they are.
     unknown_logged: [AtomicU64; 4],
     /// Runstate areas are written with the update flag (`VMASST_TYPE_runstate_update_flag`).
@@ -296,7 +298,11 @@ impl Domain {
 
     /// Whether one more log line on this guest's behalf is in order.
     pub fn may_log(&self, hv: Hv) -> bool {
-        match self.log_budget.line(hv.hw.now_ns()) {
+        self.allows(&self.log_budget, hv)
+    }
+
+    fn allows(&self, budget: &LogBudget, hv: Hv) -> bool {
+        match budget.line(hv.hw.now_ns()) {
             Some(0) => true,
             Some(withheld) => {
                 log::info!("d{}: {withheld} lines withheld", self.id);
@@ -359,7 +365,7 @@ impl Domain {
     /// Takes a byte of text from the guest for the log.
     pub fn debug_byte(&self, hv: Hv, b: u8) {
         self.debug_line.lock().push(b, |line| {
-            if self.may_log(hv) {
+            if self.allows(&self.text_budget, hv) {
                 log::info!("d{}: {line}", self.id);
             }
         });
@@ -413,6 +419,7 @@ impl Domain {
             hardware,
             time_offset: AtomicI64::new(0),
             log_budget: LogBudget::default(),
+            text_budget: LogBudget::default(),
             unknown_logged: Default::default(),
             runstate_update_flag: AtomicBool::new(false),
             debug_line: RankedLock::new(Default::default()),

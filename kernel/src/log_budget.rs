@@ -1,7 +1,7 @@
 //! How much a guest may write into the host's log: so many lines at once, and so many a second.
 //!
-//! Each [`Domain`](crate::domain::Domain) owns one budget for all lines that are written on its behalf:
-//! its own text and the hypervisor's remarks on it. What is withheld is counted, and the count is
+//! Each [`Domain`](crate::domain::Domain) owns two budgets: one for its own text, one for the
+//! hypervisor's remarks on it. What is withheld is counted, and the count is
 //! logged with the next line that is let through.
 
 use core::sync::atomic::{AtomicU64, Ordering};

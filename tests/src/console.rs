@@ -12,7 +12,8 @@ use regex::{Captures, Regex};
 use crate::text::Plain;
 
 /// What ends any dialogue at once: the hypervisor or dom0's kernel has given up.
-const FATAL: &str = r"(?i)galvan (has panicked|has crashed|cannot start)[^\n]*|kernel panic - not syncing[^\n]*";
+const FATAL: &str =
+    r"(?i)galvan (has panicked|has crashed|cannot start)[^\n]*|kernel panic - not syncing[^\n]*";
 
 /// Why a dialogue failed.
 #[derive(Debug)]

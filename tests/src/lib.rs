@@ -10,6 +10,6 @@ mod scenario;
 pub mod scenarios;
 mod text;
 
-pub use echo::Echo;
 pub use console::{Console, Fault};
+pub use echo::Echo;
 pub use scenario::{Bus, Config, Emulator, Loader, Scenario, Start};

@@ -306,13 +306,19 @@ fn multiboot1(c: &mut Console) -> Result<()> {
 }
 
 fn grub_bios(c: &mut Console) -> Result<()> {
-    c.expect(r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules", 45)?;
+    c.expect(
+        r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules",
+        45,
+    )?;
     c.expect(r"loaded by multiboot2 at 0x", 10)?;
     dom0_ramdisk(c)
 }
 
 fn grub_uefi(c: &mut Console) -> Result<()> {
-    c.expect(r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules", 90)?;
+    c.expect(
+        r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules",
+        90,
+    )?;
     c.expect(r"loaded by multiboot2 at 0x", 10)?;
     // EFI's own memory map came through.
     c.expect(r"memory 0x[0-9a-f]+-0x[0-9a-f]+ EFI runtime code", 10)?;
@@ -320,7 +326,10 @@ fn grub_uefi(c: &mut Console) -> Result<()> {
 }
 
 fn grub_debian(c: &mut Console) -> Result<()> {
-    c.expect(r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules", 45)?;
+    c.expect(
+        r"galvan: started by GRUB 2[^\n]* \(multiboot2\), 2 modules",
+        45,
+    )?;
     to_prompt(c)?;
     let root = c.run("findmnt -no SOURCE /", 30)?;
     ensure!(root.contains("/dev/sda2"), "root: {root}");
@@ -328,13 +337,19 @@ fn grub_debian(c: &mut Console) -> Result<()> {
     ensure!(efi.trim().is_empty(), "on a BIOS there is {efi}");
     nothing_lost(c)?;
     c.send("reboot\n")?;
-    c.expect(r"dom0 has shut down: rebooting|reboot: (Restarting system|machine restart)", 180)?;
+    c.expect(
+        r"dom0 has shut down: rebooting|reboot: (Restarting system|machine restart)",
+        180,
+    )?;
     c.expect_off(60)?;
     Ok(())
 }
 
 fn multiboot1_no_kernel(c: &mut Console) -> Result<()> {
-    c.expect(r"galvan: dom0's kernel is missing: it has to be the first module", 45)?;
+    c.expect(
+        r"galvan: dom0's kernel is missing: it has to be the first module",
+        45,
+    )?;
     Ok(())
 }
 
@@ -413,7 +428,10 @@ fn dom0_ahci(c: &mut Console) -> Result<()> {
     nothing_lost(c)?;
     // The machine is told to end where it would start again.
     c.send("reboot\n")?;
-    c.expect(r"dom0 has shut down: rebooting|reboot: (Restarting system|machine restart)", 180)?;
+    c.expect(
+        r"dom0 has shut down: rebooting|reboot: (Restarting system|machine restart)",
+        180,
+    )?;
     c.expect_off(60)?;
     Ok(())
 }

@@ -134,8 +134,14 @@ pub(super) fn demo(c: &mut Console) -> Result<()> {
     let cpus = c.run("nproc", 30)?;
     ensure!(cpus.trim() == "2", "the guest has {cpus} processors");
     let written = c.run(&format!("{NOISE} && sha256sum < /root/f"), 180)?;
-    c.run("sync; mount -o remount,ro / 2>/dev/null; mount -o remount,rw /; true", 60)?;
-    let read = c.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum < /root/f", 180)?;
+    c.run(
+        "sync; mount -o remount,ro / 2>/dev/null; mount -o remount,rw /; true",
+        60,
+    )?;
+    let read = c.run(
+        "echo 3 > /proc/sys/vm/drop_caches; sha256sum < /root/f",
+        180,
+    )?;
     same_bytes("the guest's disk", &written, &read)?;
     let ping = c.run("ping -c 10 -i 0.3 -W 5 10.9.0.1", 60)?;
     ensure!(ping.contains(" 0% packet loss"), "guest to dom0:\n{ping}");
@@ -147,10 +153,7 @@ pub(super) fn demo(c: &mut Console) -> Result<()> {
     c.run("nc -N 10.9.0.1 9001 < /root/f > /dev/null", 180)?;
     let down = c.run("nc -d 10.9.0.1 9002 | sha256sum", 180)?;
     let port = echo.port();
-    let back = c.run(
-        &format!("nc -N 10.0.2.2 {port} < /root/f | sha256sum"),
-        240,
-    )?;
+    let back = c.run(&format!("nc -N 10.0.2.2 {port} < /root/f | sha256sum"), 240)?;
     same_bytes("the world and back", &written, &back)?;
     leave(c)?;
     let up = c.run("sleep 1; cat /root/in.sum", 30)?;
@@ -174,7 +177,10 @@ pub(super) fn demo(c: &mut Console) -> Result<()> {
     gone(c, "demo")?;
     c.run("sleep 2", 30)?;
     let after = left(c)?;
-    ensure!(before == after, "{before:?} before the guest, {after:?} after");
+    ensure!(
+        before == after,
+        "{before:?} before the guest, {after:?} after"
+    );
     c.finding(&format!(
         "{} MiB and {} event channels before and after a guest",
         after.free_mib, after.event_channels
@@ -199,7 +205,10 @@ pub(super) fn toolstack(c: &mut Console) -> Result<()> {
     gone(c, "demo")?;
     let before = left(c)?;
 
-    c.run("cp --sparse=always /var/lib/galvan/demo.img /root/t.img", 120)?;
+    c.run(
+        "cp --sparse=always /var/lib/galvan/demo.img /root/t.img",
+        120,
+    )?;
     c.run(
         "truncate -s 64M /root/a.img; qemu-img create -q -f qcow2 /root/b.qcow2 128M",
         60,
@@ -233,7 +242,10 @@ pub(super) fn toolstack(c: &mut Console) -> Result<()> {
         let disks = c.run("xl block-list t | tail -n +2 | wc -l", 30)?;
         ensure!(disks.trim() == "3", "xl block-list names {disks} disks");
         let nics = c.run("xl network-list t | tail -n +2 | wc -l", 30)?;
-        ensure!(nics.trim() == "2", "xl network-list names {nics} interfaces");
+        ensure!(
+            nics.trim() == "2",
+            "xl network-list names {nics} interfaces"
+        );
         c.run("xl domid t", 30)?
     };
     // What on_crash says.
@@ -252,13 +264,19 @@ pub(super) fn toolstack(c: &mut Console) -> Result<()> {
     gone(c, "t")?;
     c.run("vgremove -qfy vg; losetup -D; sleep 3", 60)?;
     let after = left(c)?;
-    ensure!(before == after, "{before:?} before the guests, {after:?} after");
+    ensure!(
+        before == after,
+        "{before:?} before the guests, {after:?} after"
+    );
 
     // Debian 12's kernel.
     c.run(OLD, 60)?;
     c.run("ls /boot/efi/EFI/BOOT && xl create -q /root/old.cfg", 180)?;
     log_in(c, "old")?;
-    c.run("for i in $(seq 60); do ip route | grep -q 10.9.0 && break; sleep 1; done", 90)?;
+    c.run(
+        "for i in $(seq 60); do ip route | grep -q 10.9.0 && break; sleep 1; done",
+        90,
+    )?;
     let release = c.run("uname -r; ping -c 2 -W 5 10.9.0.1", 60)?;
     ensure!(
         release.contains("6.1.") && release.contains(" 0% packet loss"),
@@ -297,8 +315,14 @@ fn reports(c: &mut Console) -> Result<()> {
         top.contains("demo") && top.contains("no limit"),
         "xentop:\n{top}"
     );
-    let keys = c.run("xl debug-keys q; sleep 1; xl dmesg | grep -c 'd1v1: ran'", 30)?;
-    ensure!(keys.trim() != "0", "xl debug-keys q left nothing in xl dmesg");
+    let keys = c.run(
+        "xl debug-keys q; sleep 1; xl dmesg | grep -c 'd1v1: ran'",
+        30,
+    )?;
+    ensure!(
+        keys.trim() != "0",
+        "xl debug-keys q left nothing in xl dmesg"
+    );
     Ok(())
 }
 
@@ -310,7 +334,10 @@ fn pause(c: &mut Console) -> Result<()> {
     ensure!(state.contains('p'), "state of a paused guest: {state}");
     let at_first = c.run(time, 30)?;
     let later = c.run(&format!("sleep 2; {time}"), 30)?;
-    ensure!(at_first == later, "paused, it ran from {at_first} to {later} s");
+    ensure!(
+        at_first == later,
+        "paused, it ran from {at_first} to {later} s"
+    );
     c.run("xl unpause demo", 30)?;
     c.run(
         &format!("for i in $(seq 60); do [ \"$({time})\" != {} ] && break; sleep 1; done; [ \"$({time})\" != {} ]", later.trim(), later.trim()),

@@ -103,8 +103,7 @@ fn to_first(c: &mut Console) -> Result<()> {
     c.run("xl create -q /etc/xen/small.cfg", 240)?;
     c.run("sleep 5; xl destroy small", 120)?;
     gone(c, "small")?;
-    c.run("sleep 2", 30)
-        .map(|_| ())
+    c.run("sleep 2", 30).map(|_| ())
 }
 
 fn cycles(c: &mut Console) -> Result<()> {
@@ -148,7 +147,10 @@ fn cycles(c: &mut Console) -> Result<()> {
         all_back(c, &before).with_context(|| what)?;
     }
     let after = entries(c)?;
-    ensure!(known == after, "xenstore had {known} entries and has {after}");
+    ensure!(
+        known == after,
+        "xenstore had {known} entries and has {after}"
+    );
     let ids = c.run("xl create -q long.cfg; xl domid long; xl destroy long", 60)?;
     c.finding(&format!(
         "{} MiB, {} event channels and {known} entries in xenstore before and after {} guests",
@@ -157,7 +159,10 @@ fn cycles(c: &mut Console) -> Result<()> {
         ids.trim(),
     ));
     let id: u32 = ids.trim().parse()?;
-    ensure!(id > BY_THEMSELVES + DESTROYED + WITH_DEVICES, "the next guest's id is {id}");
+    ensure!(
+        id > BY_THEMSELVES + DESTROYED + WITH_DEVICES,
+        "the next guest's id is {id}"
+    );
     Ok(())
 }
 
@@ -180,7 +185,10 @@ fn killed(c: &mut Console) -> Result<()> {
             120,
         )?;
         let list = c.run("xl list | tail -n +3", 30)?;
-        ensure!(list.trim().is_empty(), "killed after {tenths}/10 s, this stays:\n{list}");
+        ensure!(
+            list.trim().is_empty(),
+            "killed after {tenths}/10 s, this stays:\n{list}"
+        );
         all_back(c, &before).with_context(|| format!("xl killed after {tenths}/10 s"))?;
     }
     // A guest that is made as if nothing had been.
@@ -224,7 +232,10 @@ fn backend(c: &mut Console) -> Result<()> {
         30,
     )?;
     // dom0 has met qemu.
-    c.run("xl create -q /root/q.cfg && sleep 2 && xl destroy demo", 120)?;
+    c.run(
+        "xl create -q /root/q.cfg && sleep 2 && xl destroy demo",
+        120,
+    )?;
     gone(c, "demo")?;
     let before = left(c)?;
     for kill in [
@@ -274,7 +285,10 @@ fn destroy(c: &mut Console) -> Result<()> {
         gone(c, "small")?;
         all_back(c, &before).with_context(|| format!("destroyed the {}. time", n + 1))?;
     }
-    c.finding(&format!("{} MiB free before and after {TIMES} times", before.free_mib));
+    c.finding(&format!(
+        "{} MiB free before and after {TIMES} times",
+        before.free_mib
+    ));
     Ok(())
 }
 
@@ -292,7 +306,9 @@ fn crashes(c: &mut Console) -> Result<()> {
     c.run("xl create -q /etc/xen/small.cfg", 240)?;
     c.send("xl console small\n\n")?;
     c.expect(r"root@small:~# ", 300)?;
-    c.finding(&format!("{crashes} crashes in a minute, each with its line in xl dmesg"));
+    c.finding(&format!(
+        "{crashes} crashes in a minute, each with its line in xl dmesg"
+    ));
     Ok(())
 }
 

@@ -806,15 +806,30 @@ fn msrs(v: &mut Verdict) {
         0xffff_fff0..0xffff_ffff,
     ];
     let (mut read, mut refused) = (0u64, 0u64);
-    for msr in ranges.clone().into_iter().flatten() {
-        let caught = guarded!("rdmsr"; in("ecx") msr, out("eax") _, out("edx") _);
-        match caught {
-            None => read += 1,
-            Some(GP) => refused += 1,
-            Some(other) => v.check(false, "an exception other than #GP", other as i64),
+    for range in ranges.clone() {
+        // Where the readable ones before this one begin.
+        let mut first = None;
+        for msr in range.clone() {
+            let caught = guarded!("rdmsr"; in("ecx") msr, out("eax") _, out("edx") _);
+            match caught {
+                None => read += 1,
+                Some(GP) => refused += 1,
+                Some(other) => v.check(false, "an exception other than #GP", other as i64),
+            }
+            match (caught, first) {
+                (None, None) => first = Some(msr),
+                (Some(_), Some(from)) => {
+                    println!("ABUSE reads {from:#x} to {:#x}", msr - 1);
+                    first = None;
+                }
+                _ => {}
+            }
+        }
+        if let Some(from) = first {
+            println!("ABUSE reads {from:#x} to {:#x}", range.end - 1);
         }
     }
-    println!("ABUSE {read} model-specific registers, {refused} refused");
+    println!("ABUSE registers: {read} read, {refused} refused");
     for msr in ranges.into_iter().flatten() {
         // What this code itself runs on.
         if matches!(msr, 0x1b | 0x800..=0x8ff | 0xc000_0080 | 0xc000_0100..=0xc000_0102) {
