@@ -31,6 +31,7 @@ pub mod platform_dom0;
 pub mod run;
 pub mod sched;
 pub mod shutdown;
+pub mod stretch;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 pub mod time;

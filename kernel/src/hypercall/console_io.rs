@@ -8,6 +8,7 @@ use galvan_dom0_proto::xen::{CONSOLEIO_READ, CONSOLEIO_WRITE};
 
 use super::{Args, Outcome, Ret};
 use crate::guest_access::Cx;
+use crate::stretch::units;
 
 /// Text copied in one go; longer writes are continued.
 const CHUNK: u64 = 256;
@@ -25,7 +26,7 @@ pub fn console_io(cx: &mut Cx<'_>, [cmd, count, buffer, ..]: Args) -> Ret {
 
 fn write(cx: &mut Cx<'_>, count: u64, buffer: u64) -> Ret {
     let mut text = [0u8; CHUNK as usize];
-    let n = count.min(CHUNK);
+    let n = count.min(units(CHUNK as u32).into());
     let text = text.get_mut(..n as usize).ok_or(Errno::EINVAL)?;
     cx.read_bytes(buffer, text)?;
     if cx.dom.is_control() {

@@ -15,6 +15,7 @@ use crate::domain::Domain;
 use crate::evtchn;
 use crate::guest_access::Cx;
 use crate::p2m::Budget;
+use crate::stretch::units;
 
 /// How many ports one stretch of `reset` closes before the call is continued.
 const RESET_STRETCH: u32 = 128;
@@ -92,7 +93,7 @@ fn others(cx: &mut Cx<'_>, args: Args) -> Ret {
                 return Err(Errno::EINVAL);
             }
             // What is closed stays closed, so the same call goes on where this one stopped.
-            if !evtchn::reset(cx.hv, &d, &mut Budget::new(RESET_STRETCH)) {
+            if !evtchn::reset(cx.hv, &d, &mut Budget::new(units(RESET_STRETCH))) {
                 return Ok(Outcome::Again(args));
             }
         }

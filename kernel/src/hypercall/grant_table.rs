@@ -17,6 +17,7 @@ use crate::domain::Domain;
 use crate::gnttab::{self, BATCH};
 use crate::guest_access::Cx;
 use crate::p2m::{Page, Want};
+use crate::stretch::units;
 
 /// Grant-table operations: command, array of arguments, number of elements.
 pub fn grant_table_op(cx: &mut Cx<'_>, args: Args) -> Ret {
@@ -71,7 +72,7 @@ where
 {
     let [cmd, uop, count, a3, a4] = args;
     let count = count as u32;
-    let now = count.min(N as u32);
+    let now = count.min(units(N as u32));
     let mut ops: [T; N] = FromZeros::new_zeroed();
     let Some(ops) = ops.get_mut(..now as usize).filter(|o| !o.is_empty()) else {
         return OK_RET;

@@ -18,9 +18,10 @@ use crate::domain::Domain;
 use crate::guest_access::{Cx, gfn};
 use crate::mm::{Owner, PageRef};
 use crate::p2m::{P2mError, P2mType, Want};
+use crate::stretch::units;
 
 /// Pages that one call handles before others get their turn.
-const BUDGET: u64 = 512;
+const USUAL_STRETCH: u32 = 512;
 /// The largest extent that a domain other than the control domain may ask for.
 const GUEST_MAX_ORDER: u32 = 9;
 /// Entries of a memory map that the toolstack may set.
@@ -114,6 +115,7 @@ fn reservation(
         log_unknown(cx, "populate on demand", 0, 0);
         return Ok(Outcome::Done(done));
     }
+    let budget = u64::from(units(USUAL_STRETCH));
     let mut spent = 0;
     let mut i = done;
     let mut changes = d.p2m.changes();
@@ -121,7 +123,7 @@ fn reservation(
         if i == a.nr_extents {
             break Outcome::Done(i);
         }
-        if spent >= BUDGET {
+        if spent >= budget {
             break again(i);
         }
         let Ok(n) = cx.get_at::<u64>(a.extent_start.addr(), i) else {
@@ -139,7 +141,7 @@ fn reservation(
         if !ok {
             break Outcome::Done(i);
         }
-        spent += order.frames().min(BUDGET);
+        spent += order.frames().min(budget);
         i += 1;
     };
     d.finish(cx.hv, changes);
@@ -313,7 +315,7 @@ fn add_to_physmap(cx: &mut Cx<'_>, arg: u64, done: u64, again: impl Fn(u64) -> O
         if i >= n {
             break Ok(OK);
         }
-        if i - done >= BUDGET {
+        if i - done >= u64::from(units(USUAL_STRETCH)) {
             break Ok(again(i));
         }
         if let Err(e) = add_one(
@@ -352,7 +354,7 @@ fn add_to_physmap_batch(
         if i >= n {
             break Ok(OK);
         }
-        if i - done >= BUDGET {
+        if i - done >= u64::from(units(USUAL_STRETCH)) {
             break Ok(again(i));
         }
         let step = (|| {
@@ -399,7 +401,7 @@ fn acquire_resource(cx: &mut Cx<'_>, arg: u64, done: u64, again: impl Fn(u64) ->
         if i >= u64::from(a.nr_frames) {
             break Ok(OK);
         }
-        if i - done >= BUDGET {
+        if i - done >= u64::from(units(USUAL_STRETCH)) {
             break Ok(again(i));
         }
         let step = (|| {

@@ -13,6 +13,7 @@ use super::{Args, OK, Outcome, Ret, dispatch};
 use crate::gnttab;
 use crate::guest_access::Cx;
 use crate::p2m::{Page, Want};
+use crate::stretch::units;
 
 /// Entries served before others get their turn.
 const BATCH: u64 = 32;
@@ -100,7 +101,8 @@ pub fn multicall(cx: &mut Cx<'_>, [list, count, ..]: Args) -> Ret {
 
 fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
     let mut e = MulticallEntry::new_zeroed();
-    for i in 0..count.min(BATCH) {
+    let batch = u64::from(units(BATCH as u32));
+    for i in 0..count.min(batch) {
         let at = list.checked_add(i * ENTRY as u64).ok_or(Errno::EFAULT)?;
         if !place.covers(at) {
             place.leave(cx);
@@ -145,10 +147,10 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
         // Only the result is the caller's to see changed.
         place.write_result(cx, at, result)?;
     }
-    if count > BATCH {
+    if count > batch {
         return Ok(Outcome::Again([
-            list.wrapping_add(BATCH * 64),
-            count - BATCH,
+            list.wrapping_add(batch * 64),
+            count - batch,
             0,
             0,
             0,

@@ -30,6 +30,7 @@ use crate::guest_access::Cx;
 use crate::lifecycle;
 use crate::p2m::{Budget, P2mType};
 use crate::sched::SCHED_ID;
+use crate::stretch::units;
 use crate::vcpu::request;
 
 /// How an operation goes on.
@@ -133,7 +134,7 @@ fn on_domain(cx: &mut Cx<'_>, d: &Arc<Domain>, call: &mut XenDomctl) -> Op {
     match call.cmd {
         XEN_DOMCTL_DESTROYDOMAIN => {
             not_self(cx, d)?;
-            let done = lifecycle::destroy(cx.hv, d, &mut Budget::new(DESTROY_BUDGET))?;
+            let done = lifecycle::destroy(cx.hv, d, &mut Budget::new(units(DESTROY_BUDGET)))?;
             Ok(if done { Step::Done } else { Step::Again })
         }
         XEN_DOMCTL_PAUSEDOMAIN => {

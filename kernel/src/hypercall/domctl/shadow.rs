@@ -16,6 +16,7 @@ use crate::domain::Domain;
 use crate::guest_access::Cx;
 use crate::lifecycle::LogDirty;
 use crate::p2m::{Budget, P2mError, P2mType};
+use crate::stretch::units;
 
 /// Guest frames of one step of reading the log: a piece of the bitmap.
 const STEP_FRAMES: u64 = 1 << 15;
@@ -101,7 +102,7 @@ fn switch(cx: &Cx<'_>, d: &Arc<Domain>, on: bool) -> Result<Step, Errno> {
         }
     }
     let mut range = Gfn::new_truncate(resume(d, op))..Gfn::new_truncate(end(d));
-    let r = retype(cx, d, &mut range, STEP_ENTRIES, from, to);
+    let r = retype(cx, d, &mut range, units(STEP_ENTRIES), from, to);
     let left = (range.start < range.end && r.is_ok()).then(|| range.start.get());
     keep(d, op, left);
     r?;
@@ -139,7 +140,7 @@ fn read(cx: &Cx<'_>, d: &Arc<Domain>, op: &mut XenDomctlShadowOp) -> Result<Step
     if from == 0 {
         d.control.lock().log_dirty.dirty = 0;
     }
-    let to = pages.min(from.saturating_add(STEP_FRAMES));
+    let to = pages.min(from.saturating_add(u64::from(units(STEP_FRAMES as u32)).next_multiple_of(8)));
     if from < to && !op.dirty_bitmap.is_null() {
         // What one sees of a page before it is marked clean is at most too old by what is logged
         // after; a running guest goes on meanwhile.
