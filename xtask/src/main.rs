@@ -1,5 +1,7 @@
-//! Development tasks: `cargo xtask build | image | run | test | bench | fuzz | boot | setup`.
+//! Development tasks: `cargo xtask build | image | run | test | abi-check | bench | fuzz | boot |
+//! setup`.
 
+mod abi;
 mod bare;
 mod bench;
 mod bochs;
@@ -46,8 +48,10 @@ enum Task {
         #[arg(long)]
         debug: bool,
     },
-    /// Run the host tests of every crate, then the whole-machine scenarios in QEMU.
+    /// Run the host tests of every crate and abi-check, then the whole-machine scenarios in QEMU.
     Test(test::Args),
+    /// Compare every size, offset and constant of dom0-proto with the C headers of Xen 4.17 and 4.20.
+    AbiCheck,
     /// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.
     Bench(bench::Args),
     /// Feed the hypervisor's policy, and all that reads foreign bytes, what libFuzzer makes up.
@@ -84,6 +88,7 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Image(args) => image::image(&args),
         Task::Test(args) => test::test(&args),
+        Task::AbiCheck => abi::abi_check(true),
         Task::Bench(args) => bench::bench(&args),
         Task::Fuzz(args) => fuzz::fuzz(&args),
         Task::Boot(args) => boot::boot(*args),
