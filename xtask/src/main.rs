@@ -1,5 +1,5 @@
-//! Development tasks: `cargo xtask build | image | run | test | abi-check | bench | fuzz | boot |
-//! setup`.
+//! Development tasks: `cargo xtask build | image | run | test | abi-check | miri | bench | fuzz |
+//! boot | setup`.
 
 mod abi;
 mod bare;
@@ -15,6 +15,7 @@ mod fuzz;
 mod grub;
 mod image;
 mod initrd;
+mod miri;
 mod paths;
 mod qemu;
 mod run;
@@ -52,6 +53,8 @@ enum Task {
     Test(test::Args),
     /// Compare every size, offset and constant of dom0-proto with the C headers of Xen 4.17 and 4.20.
     AbiCheck,
+    /// Interpret the host tests of the crates that policy is made of, with Miri, where there is one.
+    Miri(miri::Args),
     /// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.
     Bench(bench::Args),
     /// Feed the hypervisor's policy, and all that reads foreign bytes, what libFuzzer makes up.
@@ -89,6 +92,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Image(args) => image::image(&args),
         Task::Test(args) => test::test(&args),
         Task::AbiCheck => abi::abi_check(true),
+        Task::Miri(args) => miri::miri(&args),
         Task::Bench(args) => bench::bench(&args),
         Task::Fuzz(args) => fuzz::fuzz(&args),
         Task::Boot(args) => boot::boot(*args),
