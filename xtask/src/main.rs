@@ -1,5 +1,5 @@
-//! Development tasks: `cargo xtask build | image | run | test | abi-check | miri | bench | fuzz |
-//! boot | setup`.
+//! Development tasks: `cargo xtask build | image | run | test | abi-check | miri | shuttle | bench
+//! | fuzz | boot | setup`.
 
 mod abi;
 mod bare;
@@ -21,6 +21,7 @@ mod qemu;
 mod run;
 mod setup;
 mod sh;
+mod shuttle;
 mod terminal;
 mod test;
 mod toolstack;
@@ -55,6 +56,8 @@ enum Task {
     AbiCheck,
     /// Interpret the host tests of the crates that policy is made of, with Miri, where there is one.
     Miri(miri::Args),
+    /// Run models of what CPUs do at the same time, in many orders of their steps.
+    Shuttle(shuttle::Args),
     /// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.
     Bench(bench::Args),
     /// Feed the hypervisor's policy, and all that reads foreign bytes, what libFuzzer makes up.
@@ -93,6 +96,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Test(args) => test::test(&args),
         Task::AbiCheck => abi::abi_check(true),
         Task::Miri(args) => miri::miri(&args),
+        Task::Shuttle(args) => shuttle::shuttle(&args),
         Task::Bench(args) => bench::bench(&args),
         Task::Fuzz(args) => fuzz::fuzz(&args),
         Task::Boot(args) => boot::boot(*args),
