@@ -21,7 +21,7 @@ const ROUNDS: u32 = 2;
 /// is sent is handled after it, and the queues are left clean.
 #[test]
 fn every_event_of_the_fifo_abi_arrives() {
-    explore(100, || {
+    explore(800, || {
         let w = World::new(2, VCPUS);
         let (f, ports) = setup(&w, VCPUS, 2);
         let (hv, d0, d1) = (w.hv, w.dom(0), w.dom(1));
