@@ -56,16 +56,19 @@ abi_consts! {
         /// `flags` of a vCPU context: online.
         VGCF_ONLINE = 1 << 5,
     }
+    u32 {
+        /// Distance of Xen's leaves from [`XEN_CPUID_FIRST_LEAF`] while Viridian occupies that.
+        XEN_CPUID_VIRIDIAN_SHIFT = 0x100,
+        /// The MSR that fills a hypercall page: leaf 2 `ebx` names it.
+        XEN_HYPERCALL_PAGE_MSR = 0x4000_0000,
+        /// The same while Viridian occupies 0x40000000.
+        XEN_HYPERCALL_PAGE_MSR_VIRIDIAN = 0x4000_0200,
+    }
+    usize {
+        /// Bytes of each entry of a hypercall page.
+        HYPERCALL_PAGE_ENTRY_LEN = 32,
+    }
 }
-
-/// Distance of Xen's leaves from [`XEN_CPUID_FIRST_LEAF`] while Viridian occupies that.
-pub const XEN_CPUID_VIRIDIAN_SHIFT: u32 = 0x100;
-/// The MSR that fills a hypercall page: leaf 2 `ebx` names it.
-pub const XEN_HYPERCALL_PAGE_MSR: u32 = 0x4000_0000;
-/// The same while Viridian occupies 0x40000000.
-pub const XEN_HYPERCALL_PAGE_MSR_VIRIDIAN: u32 = 0x4000_0200;
-/// Bytes of each entry of a hypercall page.
-pub const HYPERCALL_PAGE_ENTRY_LEN: usize = 32;
 
 abi_structs! {
     /// General registers as PV interfaces give them.

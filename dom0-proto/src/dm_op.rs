@@ -119,10 +119,13 @@ abi_consts! {
         /// Type: the device model's map cache is stale.
         IOREQ_TYPE_INVALIDATE = 8,
     }
+    usize {
+        /// Longest argument union.
+        DM_OP_PAYLOAD_LEN = 24,
+        /// Offset of the byte in [`Ioreq`] that holds the state; it is written last, with release ordering.
+        IOREQ_STATE_OFFSET = 30,
+    }
 }
-
-/// Longest argument union.
-pub const DM_OP_PAYLOAD_LEN: usize = 24;
 
 abi_structs! {
     /// One buffer of a call.
@@ -336,9 +339,6 @@ abi_structs! {
 }
 
 payload_methods!(XenDmOp, DM_OP_PAYLOAD_LEN);
-
-/// Offset of the byte in [`Ioreq`] that holds the state; it is written last, with release ordering.
-pub const IOREQ_STATE_OFFSET: usize = 30;
 
 impl Ioreq {
     /// The state: `STATE_*`.

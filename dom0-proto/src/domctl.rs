@@ -412,12 +412,13 @@ abi_consts! {
         /// Debugger: start single stepping.
         XEN_DOMCTL_DEBUG_OP_SINGLE_STEP_ON = 1,
     }
+    usize {
+        /// Length of the payload union.
+        DOMCTL_PAYLOAD_LEN = 128,
+        /// Offset of the payload union.
+        DOMCTL_PAYLOAD_OFFSET = 16,
+    }
 }
-
-/// Length of the payload union.
-pub const DOMCTL_PAYLOAD_LEN: usize = 128;
-/// Offset of the payload union.
-pub const DOMCTL_PAYLOAD_OFFSET: usize = 16;
 
 abi_structs! {
     /// The part before the payload.

@@ -75,16 +75,15 @@ abi_consts! {
         EVTCHN_FIFO_LINK_MASK = (1 << 17) - 1,
         /// Ports of the FIFO ABI.
         EVTCHN_FIFO_NR_CHANNELS = 1 << 17,
+
+        /// Ports of the 2-level ABI for 32-bit guests.
+        EVTCHN_2L_NR_CHANNELS_COMPAT = 1024,
+        /// Event words in one page of the FIFO array.
+        EVTCHN_FIFO_EVENT_WORDS_PER_PAGE = 1024,
+        /// Pages of the FIFO array when full.
+        EVTCHN_FIFO_MAX_EVENT_ARRAY_PAGES = EVTCHN_FIFO_NR_CHANNELS / EVTCHN_FIFO_EVENT_WORDS_PER_PAGE,
     }
 }
-
-/// Ports of the 2-level ABI for 32-bit guests.
-pub const EVTCHN_2L_NR_CHANNELS_COMPAT: u32 = 1024;
-/// Event words in one page of the FIFO array.
-pub const EVTCHN_FIFO_EVENT_WORDS_PER_PAGE: u32 = 1024;
-/// Pages of the FIFO array when full.
-pub const EVTCHN_FIFO_MAX_EVENT_ARRAY_PAGES: u32 =
-    EVTCHN_FIFO_NR_CHANNELS / EVTCHN_FIFO_EVENT_WORDS_PER_PAGE;
 
 abi_structs! {
     /// Arguments of [`EVTCHNOP_ALLOC_UNBOUND`].

@@ -96,12 +96,13 @@ abi_consts! {
         /// Copy: the destination is a grant reference.
         GNTCOPY_DEST_GREF = 1 << 1,
     }
+    u32 {
+        /// Entries in one frame of a version-1 table.
+        GRANT_ENTRIES_V1_PER_FRAME = 512,
+        /// The handle of a failed mapping, by convention of the guests.
+        GRANT_INVALID_HANDLE = u32::MAX,
+    }
 }
-
-/// Entries in one frame of a version-1 table.
-pub const GRANT_ENTRIES_V1_PER_FRAME: u32 = 512;
-/// The handle of a failed mapping, by convention of the guests.
-pub const GRANT_INVALID_HANDLE: u32 = u32::MAX;
 
 abi_structs! {
     /// One entry of a version-1 table. The guest writes it, the hypervisor changes only

@@ -1,12 +1,15 @@
 //! All sizes, offsets and constants of this crate as tables, for the check against the C headers.
 //!
-//! The tables are made by the declaring macros, so an item cannot be declared without appearing here
-//! provided its module is listed below. Nothing in the hypervisor refers to them; they cost nothing
-//! in its image.
+//! The tables are made by the declaring macros, one per module, and listed below. `cargo xtask
+//! abi-check` compares them with the headers; it reads the sources of this crate as well, so an item
+//! that is in no table is found. Nothing in the hypervisor refers to the tables; they cost nothing in
+//! its image.
 
 /// One constant.
 #[derive(Clone, Copy, Debug)]
 pub struct AbiConst {
+    /// The Rust path, crate and module included.
+    pub item: &'static str,
     /// The C name, or the Rust name, which is the C name in capitals. Empty: C has no such name.
     pub name: &'static str,
     /// The value, sign-extended if its type is signed.
@@ -18,6 +21,8 @@ pub struct AbiConst {
 /// One field of a structure.
 #[derive(Clone, Copy, Debug)]
 pub struct AbiField {
+    /// The Rust name.
+    pub field: &'static str,
     /// The C designator, such as `u.interdomain.dom`.
     pub name: &'static str,
     /// Its offset in bytes.
@@ -29,8 +34,8 @@ pub struct AbiField {
 /// One structure.
 #[derive(Clone, Copy, Debug)]
 pub struct AbiStruct {
-    /// The Rust name.
-    pub name: &'static str,
+    /// The Rust path, crate and module included.
+    pub item: &'static str,
     /// The C type; empty where C has no name for it.
     pub c_type: &'static str,
     /// Its size in bytes.
@@ -43,6 +48,7 @@ pub struct AbiStruct {
 
 /// The constants of every module.
 pub const CONSTS: &[&[AbiConst]] = &[
+    crate::domctl::DomctlVersion::ABI_CONSTS,
     crate::errno::Errno::ABI_CONSTS,
     crate::errno::GntStatus::ABI_CONSTS,
     crate::hvm_save::SaveCode::ABI_CONSTS,

@@ -11,7 +11,8 @@
 //! - *Unknown numbers are data.* Commands, reasons and status codes are integers or open newtypes
 //!   with constants, never Rust enums: a guest may send any value.
 //! - *Layouts are proved.* Sizes, and the offsets that matter, are asserted at compile time; the
-//!   `abi_check` test compares all of them, and all constants, with the C headers ([`layout`]).
+//!   `cargo xtask abi-check` compares all of them, and all constants, with the C headers of two
+//!   releases ([`layout`]).
 //! - *Names can be searched for.* Types are the C names in Rust case (`GnttabMapGrantRef`), constants
 //!   keep the C spelling in capitals (`EVTCHNOP_BIND_VIRQ`), and each item names its C origin.
 //! - *Versions live here.* Where releases differ, each layout has its own type with a conversion to

@@ -11,6 +11,7 @@ macro_rules! abi_consts {
         #[doc(hidden)]
         pub const ABI_CONSTS: &[$crate::layout::AbiConst] = &[
             $( $( $crate::layout::AbiConst {
+                item: concat!(module_path!(), "::", stringify!($name)),
                 name: stringify!($name),
                 value: $name as i64,
                 bits: $t::BITS,
@@ -40,7 +41,14 @@ macro_rules! abi_newtype {
 
             #[doc(hidden)]
             pub const ABI_CONSTS: &[$crate::layout::AbiConst] = &[
-                $( $crate::layout::AbiConst { name: $c, value: Self::$k.0 as i64, bits: $t::BITS }, )*
+                $( $crate::layout::AbiConst {
+                    item: concat!(
+                        module_path!(), "::", stringify!($name), "::", stringify!($k),
+                    ),
+                    name: $c,
+                    value: Self::$k.0 as i64,
+                    bits: $t::BITS,
+                }, )*
             ];
 
             /// The Rust spelling of a known value.
@@ -124,12 +132,13 @@ macro_rules! abi_structs {
         #[doc(hidden)]
         pub const ABI_STRUCTS: &[$crate::layout::AbiStruct] = &[
             $( $crate::layout::AbiStruct {
-                name: stringify!($name),
+                item: concat!(module_path!(), "::", stringify!($name)),
                 c_type: $c,
                 size: $size,
                 versions: versions!($($lo $hi)?),
                 fields: &[
                     $( $crate::layout::AbiField {
+                        field: stringify!($f),
                         name: c_name!($f $($cf)?),
                         offset: core::mem::offset_of!($name, $f),
                         size: size_of::<$t>(),

@@ -110,6 +110,17 @@ abi_consts! {
 
         /// reserved_device_memory_map flag: all devices, not only the one named.
         XENMEM_RDM_ALL = 1,
+
+        /// E820 type: RAM.
+        E820_RAM = 1,
+        /// E820 type: reserved.
+        E820_RESERVED = 2,
+        /// E820 type: ACPI tables, reclaimable.
+        E820_ACPI = 3,
+        /// E820 type: ACPI NVS.
+        E820_NVS = 4,
+        /// E820 type: defective memory.
+        E820_UNUSABLE = 5,
     }
 }
 
@@ -127,17 +138,6 @@ pub const fn xenmemf_get_node(mem_flags: u32) -> Option<u8> {
 pub const fn xenmemf_get_address_bits(mem_flags: u32) -> u8 {
     (mem_flags & 0xff) as u8
 }
-
-/// E820 type: RAM.
-pub const E820_RAM: u32 = 1;
-/// E820 type: reserved.
-pub const E820_RESERVED: u32 = 2;
-/// E820 type: ACPI tables, reclaimable.
-pub const E820_ACPI: u32 = 3;
-/// E820 type: ACPI NVS.
-pub const E820_NVS: u32 = 4;
-/// E820 type: defective memory.
-pub const E820_UNUSABLE: u32 = 5;
 
 /// One entry of a memory map, 20 bytes, packed. The headers call its form that of the BIOS's
 /// INT 15h function E820h (ACPI specification, "System Address Map Interfaces").

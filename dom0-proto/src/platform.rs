@@ -142,12 +142,13 @@ abi_consts! {
         /// Microcode: even if older.
         XENPF_UCODE_FORCE = 1,
     }
+    usize {
+        /// Length of the payload union.
+        PLATFORM_PAYLOAD_LEN = 128,
+        /// Offset of the payload union.
+        PLATFORM_PAYLOAD_OFFSET = 8,
+    }
 }
-
-/// Length of the payload union.
-pub const PLATFORM_PAYLOAD_LEN: usize = 128;
-/// Offset of the payload union.
-pub const PLATFORM_PAYLOAD_OFFSET: usize = 8;
 
 abi_structs! {
     /// The part before the payload.

@@ -37,11 +37,11 @@ abi_consts! {
         SHUTDOWN_SOFT_RESET = 5,
         /// The highest reason.
         SHUTDOWN_MAX = 5,
+
+        /// The shutdown code of a domain that is not shut down, as reported by `getdomaininfo`.
+        SHUTDOWN_CODE_INVALID = 0xff,
     }
 }
-
-/// The shutdown code of a domain that is not shut down, as reported by `getdomaininfo`.
-pub const SHUTDOWN_CODE_INVALID: u32 = 0xff;
 
 abi_structs! {
     /// Argument of [`SCHEDOP_SHUTDOWN`].

@@ -207,12 +207,13 @@ abi_consts! {
         /// Memory size that is not known.
         XEN_INVALID_MEM_SZ = u32::MAX as u64,
     }
+    usize {
+        /// Length of the payload union.
+        SYSCTL_PAYLOAD_LEN = 128,
+        /// Offset of the payload union.
+        SYSCTL_PAYLOAD_OFFSET = 8,
+    }
 }
-
-/// Length of the payload union.
-pub const SYSCTL_PAYLOAD_LEN: usize = 128;
-/// Offset of the payload union.
-pub const SYSCTL_PAYLOAD_OFFSET: usize = 8;
 
 abi_structs! {
     /// The part before the payload.

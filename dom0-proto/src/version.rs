@@ -78,16 +78,17 @@ abi_consts! {
         /// Words of feature bits.
         XENFEAT_NR_SUBMAPS = 1,
     }
+    usize {
+        /// Length of [`XENVER_EXTRAVERSION`] text, NUL included.
+        XEN_EXTRAVERSION_LEN = 16,
+        /// Length of [`XENVER_CAPABILITIES`] text, NUL included.
+        XEN_CAPABILITIES_INFO_LEN = 1024,
+        /// Length of [`XENVER_CHANGESET`] text, NUL included.
+        XEN_CHANGESET_INFO_LEN = 64,
+        /// Length of [`XENVER_COMMANDLINE`] text, NUL included.
+        XEN_COMMANDLINE_LEN = 1024,
+    }
 }
-
-/// Length of [`XENVER_EXTRAVERSION`] text, NUL included.
-pub const XEN_EXTRAVERSION_LEN: usize = 16;
-/// Length of [`XENVER_CAPABILITIES`] text, NUL included.
-pub const XEN_CAPABILITIES_INFO_LEN: usize = 1024;
-/// Length of [`XENVER_CHANGESET`] text, NUL included.
-pub const XEN_CHANGESET_INFO_LEN: usize = 64;
-/// Length of [`XENVER_COMMANDLINE`] text, NUL included.
-pub const XEN_COMMANDLINE_LEN: usize = 1024;
 
 abi_structs! {
     /// Result of [`XENVER_COMPILE_INFO`]: NUL-terminated texts.

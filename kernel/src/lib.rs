@@ -20,6 +20,8 @@ pub mod hv;
 pub mod hvm_context;
 pub mod hvm_params;
 pub mod hypercall;
+#[cfg(all(test, galvan_shuttle))]
+mod interleaved;
 pub mod iommu;
 pub mod irq;
 pub mod lifecycle;

@@ -42,7 +42,7 @@ impl Archive {
     fn open_suite(suite: &'static str) -> Result<Self> {
         let mirror = mirror();
         let key = Key::new().add(suite).add(&mirror);
-        let dir = cache::cached("apt", key, "", |dir| {
+        let dir = cache::cached(&name(suite, "apt"), key, "", |dir| {
             fs::create_dir_all(dir.join("lists/partial"))?;
             fs::create_dir_all(dir.join("cache/archives/partial"))?;
             let archive = Self {
@@ -76,6 +76,8 @@ impl Archive {
             ("Dir::Etc::sourcelist", self.sources()),
             ("Dir::Etc::sourceparts", "-".into()),
             ("Dir::State::Lists", self.dir.join("lists")),
+            // What is installed here, perhaps of another release, is no candidate.
+            ("Dir::State::Status", "/dev/null".into()),
             ("Dir::Cache", self.dir.join("cache")),
             ("APT::Architecture", "amd64".into()),
             ("APT::Architectures", "amd64".into()),
@@ -103,7 +105,7 @@ impl Archive {
     /// The contents of `package`, unpacked below a directory of the cache; nothing of it is run.
     pub fn unpacked(&self, package: &str) -> Result<PathBuf> {
         let key = Key::new().add(self.suite).add(&self.mirror);
-        cache::cached(package, key, "", |dir| {
+        cache::cached(&name(self.suite, package), key, "", |dir| {
             let debs = sh::scratch("debs")?;
             fs::create_dir_all(&debs)?;
             sh::step(
@@ -164,6 +166,14 @@ impl Archive {
                 &mut mmdebstrap,
             )
         })
+    }
+}
+
+/// The name of something in the cache, where the things of both releases are kept side by side.
+fn name(suite: &str, what: &str) -> String {
+    match suite {
+        SUITE => what.to_owned(),
+        _ => format!("{what}-{suite}"),
     }
 }
 

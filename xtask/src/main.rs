@@ -1,5 +1,7 @@
-//! Development tasks: `cargo xtask build | image | run | test | bench | fuzz | boot | setup`.
+//! Development tasks: `cargo xtask build | image | run | test | abi-check | miri | shuttle | bench
+//! | fuzz | boot | setup`.
 
+mod abi;
 mod bare;
 mod bench;
 mod bochs;
@@ -13,11 +15,13 @@ mod fuzz;
 mod grub;
 mod image;
 mod initrd;
+mod miri;
 mod paths;
 mod qemu;
 mod run;
 mod setup;
 mod sh;
+mod shuttle;
 mod terminal;
 mod test;
 mod toolstack;
@@ -46,8 +50,14 @@ enum Task {
         #[arg(long)]
         debug: bool,
     },
-    /// Run the host tests of every crate, then the whole-machine scenarios in QEMU.
+    /// Run the host tests of every crate and abi-check, then the whole-machine scenarios in QEMU.
     Test(test::Args),
+    /// Compare every size, offset and constant of dom0-proto with the C headers of Xen 4.17 and 4.20.
+    AbiCheck,
+    /// Interpret the host tests of the crates that policy is made of, with Miri, where there is one.
+    Miri(miri::Args),
+    /// Run models of what CPUs do at the same time, in many orders of their steps.
+    Shuttle(shuttle::Args),
     /// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.
     Bench(bench::Args),
     /// Feed the hypervisor's policy, and all that reads foreign bytes, what libFuzzer makes up.
@@ -84,6 +94,9 @@ fn perform(task: Task) -> Result<()> {
         }
         Task::Image(args) => image::image(&args),
         Task::Test(args) => test::test(&args),
+        Task::AbiCheck => abi::abi_check(true),
+        Task::Miri(args) => miri::miri(&args),
+        Task::Shuttle(args) => shuttle::shuttle(&args),
         Task::Bench(args) => bench::bench(&args),
         Task::Fuzz(args) => fuzz::fuzz(&args),
         Task::Boot(args) => boot::boot(*args),

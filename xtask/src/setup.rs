@@ -25,6 +25,8 @@ pub enum Need {
     Bochs,
     /// GRUB's modules, and what puts them together.
     Grub,
+    /// A C compiler, and what fetches and unpacks headers for it.
+    Headers,
 }
 
 /// What `build` needs.
@@ -37,6 +39,9 @@ pub const FOR_GRUB: &[Need] = &[Need::BareToolchain, Need::Images, Need::Grub];
 pub const FOR_RUN: &[Need] = &[Need::BareToolchain, Need::Images, Need::Emulator];
 /// What machines in Bochs need.
 pub const FOR_BOCHS: &[Need] = &[Need::BareToolchain, Need::Images, Need::Bochs];
+
+/// What `abi-check` needs.
+pub const FOR_ABI_CHECK: &[Need] = &[Need::Headers];
 
 /// The oldest compiler that the workspace builds with (`rust-version` in Cargo.toml).
 const RUST: &str = env!("CARGO_PKG_RUST_VERSION");
@@ -77,6 +82,16 @@ const GRUB: &[(&str, &str)] = &[
     ("/usr/lib/grub/x86_64-efi/kernel.img", "grub-efi-amd64-bin"),
 ];
 
+/// The same for the C headers of Xen.
+const HEADERS: &[(&str, &str)] = &[
+    ("cc", "gcc"),
+    ("objcopy", "binutils"),
+    (
+        "/usr/share/keyrings/debian-archive-keyring.gpg",
+        "debian-archive-keyring",
+    ),
+];
+
 fn missing(needs: &[Need]) -> Vec<String> {
     let mut packages = BTreeSet::new();
     for need in needs {
@@ -98,6 +113,10 @@ fn missing(needs: &[Need]) -> Vec<String> {
             Need::Grub => {
                 let found = |what: &str| paths::which(what).is_some();
                 packages.extend(GRUB.iter().filter(|(w, _)| !found(w)).map(|(_, p)| *p));
+            }
+            Need::Headers => {
+                let found = |what: &str| paths::which(what).is_some();
+                packages.extend(HEADERS.iter().filter(|(w, _)| !found(w)).map(|(_, p)| *p));
             }
             Need::Emulator => {
                 if env::var_os("QEMU").is_none() && paths::which("qemu-system-x86_64").is_none() {

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: the host tests of every crate, then the whole-machine scenarios.
+//! `cargo xtask test`: the host tests of every crate, `abi-check`, then the whole-machine scenarios.
 
 use std::any::Any;
 use std::fs::{self, File};
@@ -15,7 +15,7 @@ use scenarios::{load, matrix, peer};
 use crate::cpio::Cpio;
 use crate::dom0::{self, Dom0};
 use crate::run::Hypervisor;
-use crate::{bare, bochs, boot, esp, image, paths, qemu, setup, sh, toolstack};
+use crate::{abi, bare, bochs, boot, esp, image, paths, qemu, setup, sh, toolstack};
 
 /// How many lines of a failed scenario's log are shown.
 const TAIL: usize = 40;
@@ -93,6 +93,13 @@ pub fn test(args: &Args) -> Result<()> {
     let mut every = scenarios::ALL.iter().chain(load::ALL).chain(matrix::ALL);
     if !args.no_host && !args.stock && usual && !every.any(named) {
         host(args.filter.as_deref(), &mut count)?;
+        if args
+            .filter
+            .as_deref()
+            .is_none_or(|f| "abi-check".contains(f))
+        {
+            checked("abi-check", abi::abi_check(false), &mut count);
+        }
     }
     if !args.no_machine {
         let loads = load::ALL.iter().filter(|s| args.load || named(s));
@@ -176,6 +183,20 @@ fn host(filter: Option<&str>, count: &mut Count) -> Result<()> {
     }
     println!("host tests took {:.1} s", start.elapsed().as_secs_f32());
     Ok(())
+}
+
+/// Counts a check that is a task of its own.
+fn checked(name: &str, result: Result<()>, count: &mut Count) {
+    match result {
+        Ok(()) => {
+            count.passed += 1;
+            println!("{name} ... ok");
+        }
+        Err(error) => {
+            count.failed += 1;
+            println!("{name} ... FAILED: {error:#}");
+        }
+    }
 }
 
 /// Passed and failed in one `test result:` line of libtest.

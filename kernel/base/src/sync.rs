@@ -4,9 +4,25 @@
 //! list of ranks is [`rank`]. Debug builds and host tests check it at every acquisition. Exit
 //! handling runs with interrupts disabled and interrupt handlers run only where no lock is held
 //! (see [`crate::hw`]), so no lock disables interrupts.
+//!
+//! `cargo xtask shuttle` builds with `cfg(galvan_shuttle)`. Then locks and the atomics of [`atomic`]
+//! are those of the crate `shuttle`, which tries the orders in which threads can get at them.
 
 use core::fmt;
 use core::ops::{Deref, DerefMut};
+
+#[cfg(galvan_shuttle)]
+use explored as spinning;
+#[cfg(not(galvan_shuttle))]
+use spin as spinning;
+use spinning::{Mutex, MutexGuard, RwLock, RwLockReadGuard, RwLockWriteGuard};
+
+/// The atomics of what is shared between CPUs without a lock.
+#[cfg(not(galvan_shuttle))]
+pub use core::sync::atomic;
+/// The atomics of what is shared between CPUs without a lock.
+#[cfg(galvan_shuttle)]
+pub use shuttle::sync::atomic;
 
 /// The order in which locks are taken, outermost first, with the reason for each place.
 pub mod rank {
@@ -68,11 +84,75 @@ pub mod rank {
     pub const CONSOLE_DEVICE: u8 = 61;
 }
 
+/// Lets other threads go on in a model; elsewhere nothing. For fakes, whose memory is no [`atomic`].
+#[cfg(any(test, feature = "testing"))]
+pub fn step() {
+    #[cfg(galvan_shuttle)]
+    shuttle::thread::yield_now();
+}
+
+#[cfg(galvan_shuttle)]
+mod explored {
+    //! The locks of shuttle with the interface of those of `spin`. It knows when all threads wait.
+
+    use shuttle::sync;
+    pub(super) use shuttle::sync::{MutexGuard, RwLockReadGuard, RwLockWriteGuard};
+
+    pub(super) struct Mutex<T>(sync::Mutex<T>);
+
+    impl<T> Mutex<T> {
+        pub(super) const fn new(v: T) -> Self {
+            Self(sync::Mutex::new(v))
+        }
+
+        pub(super) fn lock(&self) -> MutexGuard<'_, T> {
+            self.0.lock().expect("no holder panicked")
+        }
+
+        pub(super) fn try_lock(&self) -> Option<MutexGuard<'_, T>> {
+            self.0.try_lock().ok()
+        }
+
+        pub(super) fn get_mut(&mut self) -> &mut T {
+            self.0.get_mut().expect("no holder panicked")
+        }
+    }
+
+    pub(super) struct RwLock<T>(sync::RwLock<T>);
+
+    impl<T> RwLock<T> {
+        pub(super) const fn new(v: T) -> Self {
+            Self(sync::RwLock::new(v))
+        }
+
+        pub(super) fn read(&self) -> RwLockReadGuard<'_, T> {
+            self.0.read().expect("no holder panicked")
+        }
+
+        pub(super) fn write(&self) -> RwLockWriteGuard<'_, T> {
+            self.0.write().expect("no holder panicked")
+        }
+
+        pub(super) fn try_read(&self) -> Option<RwLockReadGuard<'_, T>> {
+            self.0.try_read().ok()
+        }
+
+        pub(super) fn get_mut(&mut self) -> &mut T {
+            self.0.get_mut().expect("no holder panicked")
+        }
+    }
+}
+
 #[cfg(any(test, feature = "testing"))]
 mod check {
     //! Rank checking where threads stand for CPUs.
     use core::cell::Cell;
-    std::thread_local! { static HELD: Cell<u64> = const { Cell::new(0) }; }
+    #[cfg(galvan_shuttle)]
+    use shuttle::thread_local;
+    #[cfg(not(galvan_shuttle))]
+    use std::thread_local;
+
+    thread_local! { static HELD: Cell<u64> = const { Cell::new(0) }; }
 
     pub(super) fn acquire(rank: u8) {
         HELD.with(|h| {
@@ -100,12 +180,12 @@ mod check {
 }
 
 /// A spin lock with a rank of [`rank`].
-pub struct RankedLock<T, const RANK: u8>(spin::Mutex<T>);
+pub struct RankedLock<T, const RANK: u8>(Mutex<T>);
 
 impl<T, const RANK: u8> RankedLock<T, RANK> {
     /// A new lock.
     pub const fn new(v: T) -> Self {
-        Self(spin::Mutex::new(v))
+        Self(Mutex::new(v))
     }
 
     /// Spins until the lock is ours.
@@ -151,7 +231,7 @@ impl<T: fmt::Debug, const RANK: u8> fmt::Debug for RankedLock<T, RANK> {
 /// A held [`RankedLock`].
 #[derive(Debug)]
 pub struct Guard<'a, T> {
-    inner: spin::MutexGuard<'a, T>,
+    inner: MutexGuard<'a, T>,
     rank: u8,
 }
 
@@ -178,12 +258,12 @@ impl<T> Drop for Guard<'_, T> {
 }
 
 /// A readers-writer spin lock with a rank of [`rank`].
-pub struct RankedRwLock<T, const RANK: u8>(spin::RwLock<T>);
+pub struct RankedRwLock<T, const RANK: u8>(RwLock<T>);
 
 impl<T, const RANK: u8> RankedRwLock<T, RANK> {
     /// A new lock.
     pub const fn new(v: T) -> Self {
-        Self(spin::RwLock::new(v))
+        Self(RwLock::new(v))
     }
 
     /// Shared access.
@@ -236,7 +316,7 @@ impl<T: fmt::Debug, const RANK: u8> fmt::Debug for RankedRwLock<T, RANK> {
 /// Shared access to a [`RankedRwLock`].
 #[derive(Debug)]
 pub struct ReadGuard<'a, T> {
-    inner: spin::RwLockReadGuard<'a, T>,
+    inner: RwLockReadGuard<'a, T>,
     rank: u8,
 }
 
@@ -257,7 +337,7 @@ impl<T> Drop for ReadGuard<'_, T> {
 /// Exclusive access to a [`RankedRwLock`].
 #[derive(Debug)]
 pub struct WriteGuard<'a, T> {
-    inner: spin::RwLockWriteGuard<'a, T>,
+    inner: RwLockWriteGuard<'a, T>,
     rank: u8,
 }
 

@@ -313,6 +313,7 @@ impl FakeMachine {
     }
 
     fn check(&self, m: Mfn, off: usize, len: usize, align: usize) -> Result<(), MemFault> {
+        crate::sync::step();
         let inside = off.checked_add(len).is_some_and(|end| end <= PAGE_SIZE);
         if inside && off.is_multiple_of(align) && self.is_ram(m) {
             Ok(())
@@ -624,6 +625,7 @@ impl Platform for FakeMachine {
     }
 
     fn relax(&self) {
+        crate::sync::step();
         self.run_hook(|i| i.on_relax.clone());
         std::thread::yield_now();
     }

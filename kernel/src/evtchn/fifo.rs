@@ -29,9 +29,9 @@
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::mem::offset_of;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::HostMem;
+use galvan_base::sync::atomic::{AtomicU64, Ordering};
 use galvan_base::sync::{RankedLock, rank};
 use galvan_base::{Mfn, PAGE_SIZE, nospec};
 use galvan_dom0_proto::errno::Errno;

@@ -36,9 +36,9 @@ mod two_level;
 mod virq;
 
 use alloc::sync::Arc;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use galvan_base::hw::HostMem;
+use galvan_base::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use galvan_base::sync::{Guard, RankedLock, rank};
 use galvan_base::{Gfn, PAGE_SIZE};
 use galvan_dom0_proto::DomId;

@@ -7,9 +7,9 @@
 use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
-use core::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 
 use galvan_base::nospec;
+use galvan_base::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, Ordering};
 use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::event_channel::{EVTCHN_FIFO_NR_CHANNELS, EVTCHN_FIFO_PRIORITY_DEFAULT};
 use galvan_dom0_proto::xen::NR_VIRQS;

@@ -33,9 +33,9 @@ mod tests;
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Range;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::{Exhausted, HostMem};
+use galvan_base::sync::atomic::{AtomicU64, Ordering};
 use galvan_base::sync::{RankedLock, rank};
 use galvan_base::{Mfn, PageOrder};
 
@@ -95,6 +95,7 @@ impl FrameInfo {
     }
 }
 
+#[cfg(not(galvan_shuttle))]
 const _: () = assert!(size_of::<FrameInfo>() == 16);
 
 /// [`FrameInfo::word`]: bits 0-31 the count of references, 32-47 the owner, 48-50 the state, 51-55

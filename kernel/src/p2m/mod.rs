@@ -29,9 +29,9 @@ mod tests;
 
 use core::cell::Cell;
 use core::fmt;
-use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::{Access, Exhausted, Iommu, Platform};
+use galvan_base::sync::atomic::{AtomicU64, Ordering};
 use galvan_base::sync::{RankedRwLock, rank};
 use galvan_base::{Gfn, Mfn, PageOrder};
 use galvan_dom0_proto::errno::Errno;

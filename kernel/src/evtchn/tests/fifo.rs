@@ -17,7 +17,7 @@ const CONTROL_GFN: u64 = 2;
 const ARRAY_GFN: u64 = 3;
 
 /// The guest's half of the FIFO ABI.
-struct Fifo<'w> {
+pub(super) struct Fifo<'w> {
     mem: &'w dyn Platform,
     control: Mfn,
     array: Vec<Mfn>,
@@ -33,7 +33,7 @@ enum Phase {
     Handle(u32, u32, u32),
 }
 
-struct Consumer {
+pub(super) struct Consumer {
     vcpu: u32,
     info: (Mfn, usize),
     ready: u32,
@@ -49,18 +49,18 @@ impl Fifo<'_> {
         )
     }
 
-    fn load(&self, port: u32) -> EventWord {
+    pub(super) fn load(&self, port: u32) -> EventWord {
         let (m, off) = self.word(port);
         EventWord(self.mem.load_u32(m, off).unwrap())
     }
 
-    fn mask(&self, port: u32) {
+    pub(super) fn mask(&self, port: u32) {
         let (m, off) = self.word(port);
         self.mem.or_u32(m, off, EventWord::MASKED).unwrap();
     }
 
     /// Unmasks; true if the hypervisor has to be told.
-    fn clear_masked(&self, port: u32) -> bool {
+    pub(super) fn clear_masked(&self, port: u32) -> bool {
         let (m, off) = self.word(port);
         loop {
             let w = self.mem.load_u32(m, off).unwrap();
@@ -98,7 +98,7 @@ impl Fifo<'_> {
 }
 
 impl Consumer {
-    fn new(w: &World, dom: u16, vcpu: u32) -> Self {
+    pub(super) fn new(w: &World, dom: u16, vcpu: u32) -> Self {
         Consumer {
             vcpu,
             info: w.vcpu(dom, vcpu).info().unwrap(),
@@ -110,7 +110,7 @@ impl Consumer {
 
     /// One step; `handle` gets an event that is to be handled, whose pending bit is cleared. False
     /// if there is nothing to do.
-    fn step(&mut self, f: &Fifo<'_>, handle: &mut dyn FnMut(u32, u32)) -> bool {
+    pub(super) fn step(&mut self, f: &Fifo<'_>, handle: &mut dyn FnMut(u32, u32)) -> bool {
         self.phase = match self.phase {
             Phase::Sleeping => {
                 if f.mem.swap_u8(self.info.0, self.info.1, 0) == Ok(0) {
@@ -156,7 +156,7 @@ impl Consumer {
 }
 
 /// d1 with FIFO queues for its vCPUs and channels to dom0: (port of d1, port of dom0).
-fn setup(w: &World, vcpus: u32, channels: usize) -> (Fifo<'_>, Vec<(u32, u32)>) {
+pub(super) fn setup(w: &World, vcpus: u32, channels: usize) -> (Fifo<'_>, Vec<(u32, u32)>) {
     let g = guest(w, 1);
     for v in 0..vcpus {
         g.init_control(v, CONTROL_GFN, v * 80).unwrap();

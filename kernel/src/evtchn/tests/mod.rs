@@ -2,6 +2,8 @@
 
 mod fifo;
 mod hostile;
+#[cfg(galvan_shuttle)]
+mod interleaved;
 mod model;
 mod ops;
 

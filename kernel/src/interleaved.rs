@@ -1,0 +1,177 @@
+//! Models of what CPUs do at the same time, for `cargo xtask shuttle`: each is run again and again,
+//! its threads in another order every time, a step being an operation on a lock, on an atomic of
+//! [`galvan_base::sync::atomic`] or on the fake machine's memory.
+//!
+//! The orders are those of sequential consistency: what a processor may reorder is not seen here. A
+//! failure names the schedule by which `shuttle::replay` repeats it.
+
+use core::sync::atomic::Ordering;
+use std::env;
+
+use galvan_base::hw::PagingMode;
+use galvan_base::sync::step;
+use galvan_base::{Gfn, Gpa};
+use shuttle::scheduler::RandomScheduler;
+use shuttle::{Config, Runner, thread};
+
+use crate::guest_access::Access;
+use crate::mm::{FrameUse, Owner, PageRef};
+use crate::p2m::{Budget, Want};
+use crate::testing::World;
+use crate::walk_cache::{Query, Trail, WalkCache};
+
+/// Runs a model in so many random orders. `GALVAN_SHUTTLE` has a factor for the number, and another
+/// seed with it.
+pub(crate) fn explore(times: usize, model: fn()) {
+    let factor: usize = match env::var("GALVAN_SHUTTLE") {
+        Ok(n) => n.parse().expect("GALVAN_SHUTTLE is a number"),
+        Err(_) => 1,
+    };
+    let mut config = Config::new();
+    // A machine is made on it, in a debug build; what is not touched takes no memory.
+    config.stack_size = 16 << 20;
+    let orders = RandomScheduler::new_from_seed(factor as u64, times * factor);
+    Runner::new(orders, config).run(model);
+}
+
+const PLACE: u64 = 5;
+
+fn place() -> Gfn {
+    Gfn::new_truncate(PLACE)
+}
+
+/// A frame that d1's memory map led to, and that is held, is d1's or waits for the hold to end.
+fn is_not_somebody_elses(w: &World, page: &PageRef) {
+    for _ in 0..2 {
+        let usage = w.hv.frames.usage(page.mfn());
+        let own = FrameUse::Owned(Owner::Guest(1));
+        assert!(usage == own || usage == FrameUse::Limbo, "{usage:?}");
+        step();
+    }
+}
+
+/// Takes d1's frame away and gives dom0 one instead, then d1 another.
+fn take_away(w: &World) {
+    let d1 = w.dom(1);
+    let mut c = d1.p2m.changes();
+    c.remove_one(place()).unwrap();
+    d1.finish(w.hv, c);
+    w.add_frame(w.dom(0), Gfn::new_truncate(0x100));
+    w.add_frame(d1, place());
+}
+
+#[test]
+fn a_page_that_is_held_is_not_somebody_elses() {
+    explore(100, || {
+        let w = World::new(2, 1);
+        let free = w.hv.frames.free_frames();
+        let pool = w.dom(0).p2m.pool_used();
+        thread::scope(|s| {
+            for _ in 0..2 {
+                s.spawn(|| {
+                    for _ in 0..2 {
+                        if let Ok(page) = w.dom(1).p2m.get_page(place(), Want::Read) {
+                            is_not_somebody_elses(&w, &page.into_ref());
+                        }
+                    }
+                });
+            }
+            s.spawn(|| take_away(&w));
+        });
+        let tables = w.dom(0).p2m.pool_used() - pool;
+        assert_eq!(
+            w.hv.frames.free_frames(),
+            free - 1 - tables,
+            "dom0's new one"
+        );
+    });
+}
+
+#[test]
+fn a_remembered_walk_leads_to_no_page_that_has_gone() {
+    explore(100, || {
+        let w = World::new(2, 1);
+        let p2m = &w.dom(1).p2m;
+        thread::scope(|s| {
+            s.spawn(|| {
+                let cache = WalkCache::default();
+                let gpa = Gpa::new_truncate(PLACE << 12);
+                let q = Query {
+                    gva: PLACE << 12,
+                    cr3: 0,
+                    mode: PagingMode::Off,
+                    access: Access::empty(),
+                };
+                for n in 0..4 {
+                    if let Some((_, page)) = cache.page(w.hv.hw, p2m, &q) {
+                        is_not_somebody_elses(&w, &page);
+                    } else {
+                        cache.keep(p2m, &q, &Trail::new(p2m, true), gpa);
+                        if let Ok(page) = p2m.get_page(place(), Want::Read) {
+                            let page = page.into_ref();
+                            cache.keep_frame(&q, gpa, page.mfn());
+                            is_not_somebody_elses(&w, &page);
+                        }
+                    }
+                    if n % 2 == 1 {
+                        cache.with(w.hv.hw, p2m, &q, |mfn, _| {
+                            let usage = w.hv.frames.usage(mfn);
+                            assert_eq!(usage, FrameUse::Owned(Owner::Guest(1)));
+                        });
+                    }
+                }
+            });
+            s.spawn(|| take_away(&w));
+        });
+    });
+}
+
+#[test]
+fn a_mapping_of_a_foreign_page_outlives_its_domain() {
+    explore(100, || {
+        let w = World::new(2, 1);
+        let (d0, hv) = (w.dom(0), w.hv);
+        let at = Gfn::new_truncate(0x100);
+        // The tables are there before and after.
+        w.add_frame(d0, at);
+        let mut c = d0.p2m.changes();
+        c.remove_one(at).unwrap();
+        d0.finish(hv, c);
+        let free = hv.frames.free_frames() + w.dom(1).tot_pages.load(Ordering::Relaxed);
+        let tables = w.dom(1).p2m.pool_used();
+        thread::scope(|s| {
+            s.spawn(|| {
+                let Some(d1) = hv.domains.get(1) else { return };
+                let Ok(page) = d1.p2m.get_page(place(), Want::Write) else {
+                    return;
+                };
+                let page = page.into_ref();
+                let mfn = page.mfn();
+                let mut c = d0.p2m.changes();
+                c.map_foreign(at, page, true).unwrap();
+                d0.finish(hv, c);
+                drop(d1);
+                for _ in 0..3 {
+                    assert_ne!(hv.frames.usage(mfn), FrameUse::Free);
+                    step();
+                }
+                let mut c = d0.p2m.changes();
+                c.remove_one(at).unwrap();
+                d0.finish(hv, c);
+            });
+            s.spawn(|| {
+                let d1 = hv.domains.get(1).unwrap();
+                while !d1.teardown_p2m(hv, &mut Budget::new(3)) {
+                    step();
+                }
+                drop(hv.domains.remove(1));
+            });
+        });
+        let back = tables - w.dom(1).p2m.pool_used();
+        assert_eq!(
+            hv.frames.free_frames(),
+            free + back,
+            "all of d1's came back"
+        );
+    });
+}
