@@ -136,7 +136,11 @@ pub fn build(debug: bool) -> Result<Built> {
     std::fs::copy(&built, &efi).with_context(|| format!("cannot write {}", efi.display()))?;
 
     let multiboot = multiboot(toolchain, debug, &hypervisor)?;
-    Ok(Built { hypervisor, efi, multiboot })
+    Ok(Built {
+        hypervisor,
+        efi,
+        multiboot,
+    })
 }
 
 /// The multiboot image: as GRUB and QEMU load it, and as `galvan.gz` beside it for `/boot`.
@@ -170,7 +174,11 @@ fn multiboot(toolchain: Toolchain, debug: bool, hypervisor: &Path) -> Result<Pat
     std::fs::copy(&built, &multiboot)
         .with_context(|| format!("cannot write {}", multiboot.display()))?;
     // -n: the same bytes from the same sources.
-    sh::quiet(Command::new("gzip").args(["-9", "-n", "-k", "-f"]).arg(&multiboot))?;
+    sh::quiet(
+        Command::new("gzip")
+            .args(["-9", "-n", "-k", "-f"])
+            .arg(&multiboot),
+    )?;
     Ok(multiboot)
 }
 

@@ -3,6 +3,9 @@
 //! The machine's clock counts instructions (`-icount shift=0`), so the numbers are instructions of
 //! guest and hypervisor per operation and depend on neither the host nor its load.
 
+mod block;
+mod machine;
+
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
@@ -44,7 +47,11 @@ const OPERATIONS: &[Operation] = &[
     op("null", "null hypercall (XENVER_version)", 250),
     op("unknown", "unknown hypercall", 0),
     op("rdmsr", "RDMSR that exits (APIC base)", 250),
-    op("buffer", "hypercall with a small buffer (HVMOP_get_param)", 1000),
+    op(
+        "buffer",
+        "hypercall with a small buffer (HVMOP_get_param)",
+        1000,
+    ),
     op("multicall", "multicall of 10", 2500),
     op("send-masked", "event sent, masked", 700),
     op("send-self", "event sent to itself, upcall, EOI", 1500),
@@ -66,6 +73,9 @@ pub struct Args {
     /// Leave stock Xen out.
     #[arg(long)]
     no_stock: bool,
+    /// Only what a disk request of a guest costs; nothing is written.
+    #[arg(long)]
+    only_block: bool,
     /// Where the table goes.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -110,6 +120,14 @@ fn find<'a>(line: &'a str, word: &str) -> Option<&'a str> {
 /// Measures, prints the table and writes it down.
 pub fn bench(args: &Args) -> Result<()> {
     setup::ensure(setup::FOR_RUN)?;
+    if args.only_block {
+        let galvan = block::measure("galvan", &Hypervisor::galvan()?)?;
+        let xen = (!args.no_stock)
+            .then(|| block::measure("xen", &Hypervisor::stock()?))
+            .transpose()?;
+        println!("{}", block::row(&galvan, xen.as_ref(), 50_000.0)?);
+        return Ok(());
+    }
     let guest = bare::guest("bench")?;
     let mut galvan = measure("galvan", &Hypervisor::galvan()?, &guest)?;
     galvan.version = version();
@@ -171,8 +189,14 @@ fn measure(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measured
     // A machine that hangs says nothing, so its reader is another thread.
     let (sender, lines) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
-        for line in BufReader::new(output.take(16 << 20)).split(b'\n').map_while(Result::ok) {
-            if sender.send(String::from_utf8_lossy(&line).into_owned()).is_err() {
+        for line in BufReader::new(output.take(16 << 20))
+            .split(b'\n')
+            .map_while(Result::ok)
+        {
+            if sender
+                .send(String::from_utf8_lossy(&line).into_owned())
+                .is_err()
+            {
                 break;
             }
         }
@@ -232,7 +256,13 @@ fn table(galvan: &Measured, xen: &Measured) -> (String, usize, usize) {
     (text, met, targets)
 }
 
-fn results(galvan: &Measured, xen: &Measured, table: &str, met: usize, targets: usize) -> Result<String> {
+fn results(
+    galvan: &Measured,
+    xen: &Measured,
+    table: &str,
+    met: usize,
+    targets: usize,
+) -> Result<String> {
     let qemu = sh::output(Command::new(qemu::binary()?).arg("--version"))?;
     let qemu = qemu.lines().next().unwrap_or("QEMU").to_owned();
     Ok(format!(

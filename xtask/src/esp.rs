@@ -44,7 +44,11 @@ impl Contents {
     fn bytes(&self) -> Result<u64> {
         let mut sum = self.config.len() as u64;
         let more = self.more.iter().map(|(file, _)| file);
-        for file in [&self.efi, &self.kernel].into_iter().chain(&self.initrd).chain(more) {
+        for file in [&self.efi, &self.kernel]
+            .into_iter()
+            .chain(&self.initrd)
+            .chain(more)
+        {
             sum += std::fs::metadata(file)
                 .with_context(|| format!("cannot read {}", file.display()))?
                 .len();

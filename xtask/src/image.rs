@@ -45,14 +45,28 @@ pub struct Args {
 
 /// Builds everything and writes the image where it was asked for.
 pub fn image(args: &Args) -> Result<()> {
-    setup::ensure(if args.grub { setup::FOR_GRUB } else { setup::FOR_IMAGE })?;
+    setup::ensure(if args.grub {
+        setup::FOR_GRUB
+    } else {
+        setup::FOR_IMAGE
+    })?;
     let root = root_mib(args.size)?;
     let hypervisor = Hypervisor::galvan()?;
     let dom0 = dom0::make(root)?;
     let contents = if args.grub {
-        hypervisor.grub_contents(&args.options, &args.cmdline, &dom0.kernel, Some(&dom0.initrd))?
+        hypervisor.grub_contents(
+            &args.options,
+            &args.cmdline,
+            &dom0.kernel,
+            Some(&dom0.initrd),
+        )?
     } else {
-        hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, Some(&dom0.initrd))
+        hypervisor.contents(
+            &args.options,
+            &args.cmdline,
+            &dom0.kernel,
+            Some(&dom0.initrd),
+        )
     };
     if args.out.exists() && !fs::metadata(&args.out)?.is_file() {
         bail!(
@@ -90,7 +104,13 @@ pub fn write_grub(out: &Path, dom0: &Dom0, contents: &esp::Contents) -> Result<(
     write_whole(out, DEFAULT_MIB << 20, dom0, contents, true)
 }
 
-fn write_whole(out: &Path, size: u64, dom0: &Dom0, contents: &esp::Contents, grub: bool) -> Result<()> {
+fn write_whole(
+    out: &Path,
+    size: u64,
+    dom0: &Dom0,
+    contents: &esp::Contents,
+    grub: bool,
+) -> Result<()> {
     write_disk(out, size, dom0, grub)?;
     esp::fill(out, ALIGN_MIB << 20, contents)?;
     if grub {
@@ -264,7 +284,11 @@ mod tests {
         let esp_end = ((ALIGN_MIB + ESP_MIB) << 20) / SECTOR;
         assert_eq!(
             found,
-            [(2048, esp_end - 1), (esp_end, esp_end + root / SECTOR - 1), (34, 2047)]
+            [
+                (2048, esp_end - 1),
+                (esp_end, esp_end + root / SECTOR - 1),
+                (34, 2047)
+            ]
         );
     }
 

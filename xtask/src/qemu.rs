@@ -181,11 +181,17 @@ impl Machine {
             }
         }
         if let Some(direct) = &self.direct {
-            qemu.arg("-kernel").arg(&direct.kernel).args(["-append", &direct.append]);
+            qemu.arg("-kernel")
+                .arg(&direct.kernel)
+                .args(["-append", &direct.append]);
             let modules: Vec<String> = direct
                 .modules
                 .iter()
-                .map(|(file, cmdline)| format!("{} {}", escaped(file), cmdline.replace(',', ",,")).trim_end().to_owned())
+                .map(|(file, cmdline)| {
+                    format!("{} {}", escaped(file), cmdline.replace(',', ",,"))
+                        .trim_end()
+                        .to_owned()
+                })
                 .collect();
             if !modules.is_empty() {
                 qemu.args(["-initrd", &modules.join(",")]);

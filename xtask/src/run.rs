@@ -87,7 +87,11 @@ impl Hypervisor {
     ) -> esp::Contents {
         esp::Contents {
             efi: self.efi.clone(),
-            config: esp::config(&format!("{options}{}", self.more_options), cmdline, initrd.is_some()),
+            config: esp::config(
+                &format!("{options}{}", self.more_options),
+                cmdline,
+                initrd.is_some(),
+            ),
             config_name: self.config_name.to_owned(),
             kernel: kernel.to_owned(),
             initrd: initrd.map(std::path::Path::to_owned),
@@ -103,7 +107,10 @@ impl Hypervisor {
         kernel: &std::path::Path,
         initrd: Option<&std::path::Path>,
     ) -> Result<esp::Contents> {
-        let multiboot = self.multiboot.as_deref().context("only Galvan is started by GRUB here")?;
+        let multiboot = self
+            .multiboot
+            .as_deref()
+            .context("only Galvan is started by GRUB here")?;
         crate::grub::contents(multiboot, options, cmdline, kernel, initrd)
     }
 }
@@ -120,7 +127,12 @@ pub fn run(args: &Args) -> Result<()> {
         Hypervisor::galvan()?
     };
     let dom0 = image::default_dom0()?;
-    let contents = hypervisor.contents(&args.options, &args.cmdline, &dom0.kernel, Some(&dom0.initrd));
+    let contents = hypervisor.contents(
+        &args.options,
+        &args.cmdline,
+        &dom0.kernel,
+        Some(&dom0.initrd),
+    );
     let disk = image::for_emulator(&contents, &dom0)?;
 
     let mut machine = qemu::Machine::new(&disk);
@@ -188,14 +200,16 @@ fn vtx(args: &Args) -> Result<()> {
     eprintln!("         which is slow: the prompt of dom0 takes two minutes or so");
     eprintln!("To leave: Ctrl-A x, which switches the machine off");
     eprintln!();
-    let result = machine.start(std::process::Stdio::null()).and_then(|running| {
-        let result = terminal::join(running.serial()?);
-        let complaints = running.complaints();
-        if !complaints.is_empty() {
-            eprintln!("Bochs' last errors:\n{complaints}");
-        }
-        result
-    });
+    let result = machine
+        .start(std::process::Stdio::null())
+        .and_then(|running| {
+            let result = terminal::join(running.serial()?);
+            let complaints = running.complaints();
+            if !complaints.is_empty() {
+                eprintln!("Bochs' last errors:\n{complaints}");
+            }
+            result
+        });
     let _ = std::fs::remove_file(&disk);
     result
 }

@@ -290,7 +290,10 @@ fn peers(count: &mut Count) -> Result<()> {
     }
     for difference in peer::compare(&said[0], &said[1]) {
         let peer::Difference {
-            on, line, times, why,
+            on,
+            line,
+            times,
+            why,
         } = difference;
         match why {
             Some(why) => println!("only on {on}: {line} ({times} times): {why}"),
@@ -352,7 +355,9 @@ fn report(outcome: Outcome, count: &mut Count) {
 impl Parts {
     /// What QEMU itself loads, for scenarios in which it does.
     fn direct(&self, scenario: &Scenario) -> Result<Option<qemu::Direct>> {
-        let Start::Ramdisk(init) = scenario.start else { return Ok(None) };
+        let Start::Ramdisk(init) = scenario.start else {
+            return Ok(None);
+        };
         let modules = match scenario.loader {
             Loader::Multiboot1 => {
                 let (kernel, initrd) = dom0::ramdisk("test", init)?;

@@ -1,0 +1,86 @@
+//! The machine whose clock counts instructions.
+
+use std::fs;
+use std::io::{BufRead, BufReader, Read};
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+
+use crate::{esp, paths, qemu, sh};
+
+/// Whether a line of the serial port was the last that is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Line {
+    /// There is more to come.
+    More,
+    /// It was the last.
+    Last,
+}
+
+/// The processor.
+pub const CPU: &str = "qemu64,+svm,+npt";
+
+/// Boots `contents` with one processor and `mem` MiB, and gives every line of the serial port to `line`
+/// until it has had the last. A machine that says nothing for `silence` is switched off, which is an error.
+pub fn run(
+    name: &str,
+    contents: &esp::Contents,
+    mem: u32,
+    silence: Duration,
+    mut line: impl FnMut(&str) -> Line,
+) -> Result<()> {
+    fs::create_dir_all(paths::out())?;
+    let image = paths::out().join(format!("bench-{name}.img"));
+    esp::write_image(&image, contents)?;
+    let mut machine = qemu::Machine::new(&image);
+    machine.accel = qemu::Accel::Tcg;
+    machine.boot_bus = qemu::DiskBus::Ahci;
+    machine.smp = 1;
+    machine.mem = mem;
+    machine.cpu = Some(CPU.to_owned());
+    machine.snapshot = true;
+    machine.extra = ["-icount", "shift=0,sleep=off"].map(str::to_owned).into();
+    let mut child = machine
+        .command()?
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start QEMU")?;
+    let output = child.stdout.take().context("QEMU has no output")?;
+    // A machine that hangs says nothing, so its reader is another thread.
+    let (sender, lines) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        for line in BufReader::new(output.take(16 << 20))
+            .split(b'\n')
+            .map_while(Result::ok)
+        {
+            if sender
+                .send(String::from_utf8_lossy(&line).into_owned())
+                .is_err()
+            {
+                break;
+            }
+        }
+    });
+    let mut log = String::new();
+    let mut ended = false;
+    while let Ok(text) = lines.recv_timeout(silence) {
+        log.push_str(&text);
+        log.push('\n');
+        if line(&text) == Line::Last {
+            ended = true;
+            break;
+        }
+    }
+    child.kill()?;
+    child.wait()?;
+    qemu::clean_up();
+    let _ = fs::remove_file(&image);
+    fs::write(paths::out().join(format!("bench-{name}.log")), &log)?;
+    if !ended {
+        eprintln!("{}", sh::tail(&log, 30));
+        bail!("{name}: the machine did not get to the end");
+    }
+    Ok(())
+}
