@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{esp, paths, qemu, sh};
+use crate::{bochs, esp, paths, qemu, sh};
 
 /// Whether a line of the serial port was the last that is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -28,7 +28,7 @@ pub fn run(
     contents: &esp::Contents,
     mem: u32,
     silence: Duration,
-    mut line: impl FnMut(&str) -> Line,
+    line: impl FnMut(&str) -> Line,
 ) -> Result<()> {
     fs::create_dir_all(paths::out())?;
     let image = paths::out().join(format!("bench-{name}.img"));
@@ -48,6 +48,37 @@ pub fn run(
         .spawn()
         .context("cannot start QEMU")?;
     let output = child.stdout.take().context("QEMU has no output")?;
+    let (log, ended) = listen(output, silence, line);
+    child.kill()?;
+    child.wait()?;
+    qemu::clean_up();
+    let _ = fs::remove_file(&image);
+    judge(name, &log, ended)
+}
+
+/// The same in Bochs, whose processor has VT-x, and whose clock always counts instructions.
+pub fn run_in_bochs(
+    name: &str,
+    contents: &esp::Contents,
+    silence: Duration,
+    line: impl FnMut(&str) -> Line,
+) -> Result<()> {
+    fs::create_dir_all(paths::out())?;
+    let image = paths::out().join(format!("bench-{name}.img"));
+    esp::write_image(&image, contents)?;
+    let running = bochs::Machine::new(&image).start(Stdio::null())?;
+    let (log, ended) = listen(running.serial()?, silence, line);
+    drop(running);
+    let _ = fs::remove_file(&image);
+    judge(name, &log, ended)
+}
+
+/// Takes in the serial port: all it said, and whether the last line came.
+fn listen(
+    output: impl Read + Send + 'static,
+    silence: Duration,
+    mut line: impl FnMut(&str) -> Line,
+) -> (String, bool) {
     // A machine that hangs says nothing, so its reader is another thread.
     let (sender, lines) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
@@ -64,22 +95,20 @@ pub fn run(
         }
     });
     let mut log = String::new();
-    let mut ended = false;
     while let Ok(text) = lines.recv_timeout(silence) {
         log.push_str(&text);
         log.push('\n');
         if line(&text) == Line::Last {
-            ended = true;
-            break;
+            return (log, true);
         }
     }
-    child.kill()?;
-    child.wait()?;
-    qemu::clean_up();
-    let _ = fs::remove_file(&image);
-    fs::write(paths::out().join(format!("bench-{name}.log")), &log)?;
+    (log, false)
+}
+
+fn judge(name: &str, log: &str, ended: bool) -> Result<()> {
+    fs::write(paths::out().join(format!("bench-{name}.log")), log)?;
     if !ended {
-        eprintln!("{}", sh::tail(&log, 30));
+        eprintln!("{}", sh::tail(log, 30));
         bail!("{name}: the machine did not get to the end");
     }
     Ok(())
