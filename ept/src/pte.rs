@@ -269,7 +269,8 @@ impl Format {
         }
     }
 
-    fn is_present(self, raw: u64) -> bool {
+    #[inline]
+    pub(crate) fn is_present(self, raw: u64) -> bool {
         match self {
             Format::Npt => raw & NPT_P != 0,
             Format::Ept => raw & (EPT_R | EPT_W | EPT_X) != 0,

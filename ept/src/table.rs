@@ -4,6 +4,7 @@
 //! a page).
 
 use core::ops::Range;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::{Exhausted, HostMem, MemFault};
 use galvan_base::{Gfn, Mfn, PageOrder};
@@ -50,6 +51,48 @@ pub struct Table {
     format: Format,
     root: Mfn,
     max_order: PageOrder,
+    leaves: Leaves,
+}
+
+/// Where the tables of level 0 are that walks went to last, so that most walks are a single step.
+///
+/// Readers may write it at the same time, under the lock that excludes writers of the table; a
+/// writer that cuts a table off [forgets](Leaves::forget) all.
+#[derive(Debug, Default)]
+struct Leaves([AtomicU64; LEAVES]);
+
+const LEAVES: usize = 8;
+/// Bits of a frame number.
+const MFN_BITS: u32 = 40;
+const _: () = assert!(Mfn::MAX.get() < 1 << MFN_BITS);
+
+impl Leaves {
+    /// The place for a guest frame, and what is in the upper bits of the word that is for it. The frame
+    /// of the table is in the lower ones; 0 there, which is no table, is for none.
+    #[inline(always)]
+    fn place(&self, gfn: Gfn) -> (&AtomicU64, u64) {
+        let table = gfn.get() / ENTRIES;
+        let [first, ..] = &self.0;
+        let word = self.0.get(table as usize % LEAVES).unwrap_or(first);
+        (word, (table / LEAVES as u64) << MFN_BITS)
+    }
+
+    #[inline(always)]
+    fn find(&self, gfn: Gfn) -> Option<Mfn> {
+        let (word, tag) = self.place(gfn);
+        let m = word.load(Ordering::Relaxed) ^ tag;
+        (m.wrapping_sub(1) < Mfn::MAX.get()).then(|| Mfn::new_truncate(m))
+    }
+
+    #[inline]
+    fn keep(&self, gfn: Gfn, table: Mfn) {
+        let (word, tag) = self.place(gfn);
+        word.store(tag | table.get(), Ordering::Relaxed);
+    }
+
+    fn forget(&mut self) {
+        *self = Leaves::default();
+    }
 }
 
 /// Frames that an entry of a table of `level` stands for.
@@ -98,6 +141,7 @@ impl Table {
             format,
             root: env.alloc()?,
             max_order,
+            leaves: Leaves::default(),
         })
     }
 
@@ -136,19 +180,8 @@ impl Table {
                 dirty: false,
             };
         }
-        let mut table = self.root;
-        let mut level = ROOT;
-        loop {
-            let raw = ours(mem.load_u64(table, offset(gfn, level)));
-            match self.format.next(raw, level) {
-                // Entries of level 0 point to no table.
-                Some(next) => {
-                    table = next;
-                    level = level.saturating_sub(1);
-                }
-                None => return within(self.format.entry(raw, level), gfn, level, raw),
-            }
-        }
+        let Place { level, raw, .. } = self.walk(mem, gfn, 0);
+        within(self.format.entry(raw, level), gfn, level, raw)
     }
 
     /// The frame and the software type that the table has for a guest frame, and the size of the page
@@ -387,6 +420,7 @@ impl Table {
     /// Frees all pages but the root. Nothing may use the table any more, TLBs included. True when
     /// all is done; false when the budget was spent before, and then it is called again.
     pub fn clear<A: TableAlloc + ?Sized>(&mut self, env: &A, budget: &mut Budget) -> bool {
+        self.leaves.forget();
         self.clear_below(env, self.root, ROOT, budget)
     }
 
@@ -445,6 +479,17 @@ impl Table {
     /// Walks towards `gfn` until an entry that is no table, or down to `level`.
     #[inline]
     fn walk<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn, level: u8) -> Place {
+        if level == 0
+            && let Some(table) = self.leaves.find(gfn)
+        {
+            let raw = ours(mem.load_u64(table, offset(gfn, 0)));
+            return Place { table, level, raw };
+        }
+        self.walk_from_root(mem, gfn, level)
+    }
+
+    #[inline(never)]
+    fn walk_from_root<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn, level: u8) -> Place {
         let mut table = self.root;
         let mut at = ROOT;
         loop {
@@ -453,6 +498,9 @@ impl Table {
                 Some(next) if at > level => {
                     table = next;
                     at -= 1;
+                    if at == 0 {
+                        self.leaves.keep(gfn, table);
+                    }
                 }
                 _ => {
                     return Place {
@@ -473,6 +521,11 @@ impl Table {
         gfn: Gfn,
         level: u8,
     ) -> Result<Mfn, Exhausted> {
+        if level == 0
+            && let Some(table) = self.leaves.find(gfn)
+        {
+            return Ok(table);
+        }
         let mem = env.mem();
         let mut table = self.root;
         for at in (level + 1..=ROOT).rev() {
@@ -538,13 +591,11 @@ impl Table {
             let table = self.reach(env, gfn, level)?;
             (table, ours(env.mem().load_u64(table, off)))
         };
-        let subtree = match self.format.decode(old, level) {
-            Slot::Table(t) => {
-                pending.reserve()?;
-                Some(t)
-            }
-            Slot::Leaf(_) => None,
-        };
+        let subtree = self.format.next(old, level);
+        if subtree.is_some() {
+            pending.reserve()?;
+            self.leaves.forget();
+        }
         ours(env.mem().store_u64(table, off, new));
         env.written(table, off, 8);
         match subtree {
@@ -560,8 +611,11 @@ impl Table {
     /// before it faults. An IOMMU may refuse it by what it has cached. No TLB keeps what is not
     /// present.
     fn takes_away(&self, old: u64, new: u64, level: u8) -> bool {
-        if old == 0 {
+        if !self.format.is_present(old) {
             return false;
+        }
+        if !self.format.is_present(new) {
+            return true;
         }
         match (
             self.format.decode(old, level),
@@ -569,11 +623,10 @@ impl Table {
         ) {
             (Slot::Leaf(o), Slot::Leaf(n)) => {
                 let cpu = matches!(self.format, Format::Npt | Format::Ept);
-                let same = n.is_present()
-                    && n.mfn == o.mfn
+                let same = n.mfn == o.mfn
                     && n.attrs.covers(o.attrs)
                     && (cpu || o.attrs.covers(n.attrs));
-                o.is_present() && !same
+                !same
             }
             _ => true,
         }

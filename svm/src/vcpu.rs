@@ -283,9 +283,7 @@ impl<C: Cpu> Vcpu<C> {
             // The return address of a soft event; ignored by processors without NRIP save.
             self.vmcb.next_rip.set(rip_before);
         }
-        if inject::is_interrupt(injected) {
-            self.svm.host.injecting();
-        }
+        let cut_short = inject::is_interrupt(injected) && self.svm.host.injecting();
         self.vmcb.rax.set(regs.rax);
         self.vmcb.rsp.set(regs.rsp);
         self.vmcb
@@ -293,6 +291,9 @@ impl<C: Cpu> Vcpu<C> {
 
         self.svm.cpu.run(self.vmcb.mpa(), regs);
 
+        if cut_short {
+            self.svm.host.injected();
+        }
         regs.rax = self.vmcb.rax.get();
         regs.rsp = self.vmcb.rsp.get();
         let code = self.vmcb.exit_code.get();
@@ -311,6 +312,9 @@ impl<C: Cpu> Vcpu<C> {
             {
                 self.nmi = NmiState::Open;
             }
+        }
+        if cut_short && code == exit::code::INTR {
+            return Cause::Injected;
         }
         exit::decode(code, self)
     }
@@ -455,6 +459,8 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                 Cause::Policy(exit) => return exit,
                 Cause::DebugRegister => self.take_debug_registers(),
                 Cause::Iret => self.let_return(),
+                // If an interrupt is really pending, that ends the next run.
+                Cause::Injected => {}
             }
         }
     }
