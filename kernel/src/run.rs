@@ -165,6 +165,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
         }
     }
     crate::time::scheduled_out(&mut cx);
+    me.note(cx.st.hw.take_counts());
     cx.st.hw.unload();
     me.last_domain.store(0, Ordering::Relaxed);
     if !v.runnable()

@@ -17,7 +17,7 @@
 use core::fmt;
 
 use galvan_base::exit::Exit;
-use galvan_base::hw::{Exhausted, HwVcpu, VcpuConfig};
+use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, VcpuConfig};
 use galvan_base::state::{ArchState, EFER_SVME, Event, Gprs, Seg, Segment};
 use galvan_base::{CpuId, Mpa};
 
@@ -82,6 +82,7 @@ pub struct Vcpu<C: Cpu = Real> {
     nmi_waits: bool,
     /// Why the state or event that was set cannot be run.
     refused: Option<&'static str>,
+    counts: HwCounts,
 }
 
 impl<C: Cpu> Vcpu<C> {
@@ -104,6 +105,7 @@ impl<C: Cpu> Vcpu<C> {
             nmi: NmiState::Open,
             nmi_waits: false,
             refused: None,
+            counts: HwCounts::default(),
         };
         v.set_controls(cfg);
         v.set_state(&ArchState::at_reset());
@@ -218,6 +220,7 @@ impl<C: Cpu> Vcpu<C> {
     #[cold]
     fn settle_translations(&mut self, cpu: &PerCpu) -> u32 {
         self.flush = false;
+        self.counts.tlb_flushes += 1;
         let by_asid = self.svm.caps.features.contains(Features::FLUSH_BY_ASID);
         if by_asid && cpu.asids.is_current(self.asid) {
             return tlb_control::FLUSH_ASID;
@@ -462,7 +465,12 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                 // If an interrupt is really pending, that ends the next run.
                 Cause::Injected => {}
             }
+            self.counts.hidden_exits += 1;
         }
+    }
+
+    fn take_counts(&mut self) -> HwCounts {
+        core::mem::take(&mut self.counts)
     }
 
     fn state(&self) -> ArchState {

@@ -396,6 +396,15 @@ pub trait Platform: HostMem + Debug {
     fn power_off(&self) -> !;
 }
 
+/// What a [`HwVcpu`] counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HwCounts {
+    /// Exits that its own part has dealt with, so that the policy has not seen them.
+    pub hidden_exits: u64,
+    /// Flushes of the TLB, and fresh tags taken in their place.
+    pub tlb_flushes: u64,
+}
+
 /// One virtual processor of the vendor in use, owned by the vCPU that it runs.
 ///
 /// Only the CPU on which it is loaded may use a loaded one: the owner sees to that by holding the
@@ -409,6 +418,11 @@ pub trait HwVcpu: Send + Debug {
     /// Runs the guest until its next exit. Called loaded, with interrupts disabled. An event whose
     /// delivery the exit interrupted is kept and injected again at the next entry.
     fn enter(&mut self, regs: &mut Gprs) -> Exit;
+
+    /// What it has counted since this was called last.
+    fn take_counts(&mut self) -> HwCounts {
+        HwCounts::default()
+    }
 
     /// The architectural state; loaded or not.
     fn state(&self) -> ArchState;

@@ -450,6 +450,8 @@ fn a_run_that_the_host_cuts_short_after_an_injection_goes_on() {
     });
     assert!(matches!(enter(&mut v), Exit::Cpuid(_)));
     assert_eq!((said("injecting"), said("injected")), (1, 1));
+    assert_eq!(v.take_counts().hidden_exits, 1);
+    assert_eq!(v.take_counts().hidden_exits, 0);
 
     // What else ends it is seen, and an interrupt that is really there ends the next run.
     v.inject(Event::Interrupt(0x32));
