@@ -167,6 +167,7 @@ impl Format {
     pub const SW_BITS: u32 = 5;
 
     /// `a` as this format can express it.
+    #[inline]
     pub fn normalize(self, mut a: Attrs) -> Attrs {
         a.sw &= if self == Format::AmdVi { 0xf } else { 0x1f };
         if !a.read {
@@ -187,6 +188,7 @@ impl Format {
         a
     }
 
+    #[inline]
     fn encode_sw(self, sw: u8) -> u64 {
         let sw = u64::from(sw);
         match self {
@@ -226,6 +228,7 @@ impl Format {
 
     /// An entry of a table of `level` that maps a page, or is not present. `mfn` must be aligned to
     /// the level.
+    #[inline]
     pub(crate) fn leaf(self, mfn: Mfn, level: u8, a: Attrs) -> u64 {
         let a = self.normalize(a);
         if a == Attrs::NONE {

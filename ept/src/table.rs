@@ -7,7 +7,7 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::{Exhausted, HostMem, MemFault};
-use galvan_base::{Gfn, Mfn, PageOrder};
+use galvan_base::{Gfn, Mfn, PageOrder, direct};
 
 use crate::pte::{Slot, order_of};
 use crate::{Attrs, Budget, Entry, Format, PendingFlush, TableAlloc};
@@ -120,6 +120,22 @@ fn ours<T>(r: Result<T, MemFault>) -> T {
     r.expect("a second-stage table page is RAM")
 }
 
+/// The entry of a single page: see [`Table::single`].
+#[derive(Clone, Copy, Debug)]
+pub struct Single {
+    table: Mfn,
+    off: usize,
+    raw: u64,
+    /// The frame, for types that have one.
+    pub mfn: Mfn,
+    /// The software type.
+    pub sw: u8,
+}
+
+/// The bits of an entry of a single page but for the frame.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kind(u64);
+
 /// Where a walk ended.
 struct Place {
     table: Mfn,
@@ -199,6 +215,68 @@ impl Table {
             first
         };
         (mfn, self.format.decode_sw(raw), order_of(level))
+    }
+
+    /// The entry for a guest frame, if that lies in a table of single pages: for those who look and then
+    /// change, while nobody else changes the table.
+    #[inline]
+    pub fn single<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn) -> Option<Single> {
+        if gfn >= Self::LIMIT {
+            return None;
+        }
+        let Place { table, level, raw } = self.walk(mem, gfn, 0);
+        (level == 0).then(|| Single {
+            table,
+            off: offset(gfn, 0),
+            raw,
+            mfn: self.format.frame(raw),
+            sw: self.format.decode_sw(raw),
+        })
+    }
+
+    /// What [`Table::set_single`] can put into entries: a page with these attributes, or, if they do not
+    /// allow reads, a hole with their software type.
+    pub fn kind(&self, attrs: Attrs) -> Kind {
+        Kind(self.format.leaf(Mfn::new_truncate(0), 0, attrs))
+    }
+
+    /// Changes an entry of [`Table::single`].
+    #[inline]
+    pub fn set_single<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        at: &Single,
+        mfn: Mfn,
+        kind: Kind,
+        pending: &mut PendingFlush,
+    ) {
+        let new = match kind.0 {
+            // A hole without a software type is an empty entry.
+            0 => 0,
+            bits => bits | mfn.addr().get(),
+        };
+        self.put(env, at.table, at.off, at.raw, new, pending);
+    }
+
+    /// Changes an entry of level 0.
+    #[inline]
+    fn put<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        table: Mfn,
+        off: usize,
+        old: u64,
+        new: u64,
+        pending: &mut PendingFlush,
+    ) {
+        if old == 0 && new == 0 {
+            return;
+        }
+        ours(direct::store_u64(env.mem(), table, off, new));
+        env.written(table, off, 8);
+        if self.takes_away(old, new, 0) {
+            pending.require();
+        }
     }
 
     /// Maps one page at `gfn`, which replaces whatever was there, down to single pages; with attributes
@@ -370,7 +448,7 @@ impl Table {
                         if a.read && entry.attrs.read {
                             new |= place.raw & used;
                         }
-                        let found = ours(env.mem().cmpxchg_u64(place.table, off, place.raw, new));
+                        let found = ours(direct::cmpxchg_u64(env.mem(), place.table, off, place.raw, new));
                         if found != place.raw {
                             // The processor has set an accessed or dirty bit meanwhile.
                             place.raw = found;
@@ -438,7 +516,7 @@ impl Table {
         budget: &mut Budget,
     ) -> bool {
         for off in (0..ENTRIES as usize).map(|i| i * 8) {
-            let raw = ours(env.mem().load_u64(table, off));
+            let raw = ours(direct::load_u64(env.mem(), table, off));
             if raw == 0 {
                 continue;
             }
@@ -449,10 +527,10 @@ impl Table {
                 if !budget.spend() {
                     return false;
                 }
-                ours(env.mem().store_u64(table, off, 0));
+                ours(direct::store_u64(env.mem(), table, off, 0));
                 env.free(next);
             } else {
-                ours(env.mem().store_u64(table, off, 0));
+                ours(direct::store_u64(env.mem(), table, off, 0));
             }
         }
         true
@@ -467,7 +545,7 @@ impl Table {
     ) {
         if level > 0 {
             for off in (0..ENTRIES as usize).map(|i| i * 8) {
-                let raw = ours(env.mem().load_u64(table, off));
+                let raw = ours(direct::load_u64(env.mem(), table, off));
                 if let Slot::Table(next) = format.decode(raw, level) {
                     Self::free_subtree(env, next, format, level - 1);
                 }
@@ -482,7 +560,7 @@ impl Table {
         if level == 0
             && let Some(table) = self.leaves.find(gfn)
         {
-            let raw = ours(mem.load_u64(table, offset(gfn, 0)));
+            let raw = ours(direct::load_u64(mem, table, offset(gfn, 0)));
             return Place { table, level, raw };
         }
         self.walk_from_root(mem, gfn, level)
@@ -493,7 +571,7 @@ impl Table {
         let mut table = self.root;
         let mut at = ROOT;
         loop {
-            let raw = ours(mem.load_u64(table, offset(gfn, at)));
+            let raw = ours(direct::load_u64(mem, table, offset(gfn, at)));
             match self.format.next(raw, at) {
                 Some(next) if at > level => {
                     table = next;
@@ -530,7 +608,7 @@ impl Table {
         let mut table = self.root;
         for at in (level + 1..=ROOT).rev() {
             let off = offset(gfn, at);
-            let mut raw = ours(mem.load_u64(table, off));
+            let mut raw = ours(direct::load_u64(mem, table, off));
             if let Some(next) = self.format.next(raw, at) {
                 table = next;
                 continue;
@@ -544,7 +622,7 @@ impl Table {
                 }
                 // Complete before it can be reached; a store by the processor to the accessed and
                 // dirty bits in between must not be lost.
-                let found = ours(mem.cmpxchg_u64(table, off, raw, self.format.table(new, at)));
+                let found = ours(direct::cmpxchg_u64(mem, table, off, raw, self.format.table(new, at)));
                 if found == raw {
                     break;
                 }
@@ -566,7 +644,7 @@ impl Table {
         for i in 0..ENTRIES {
             let mfn = Mfn::new_truncate(e.mfn.get() + i * span(level));
             let part = self.format.leaf(mfn, level, e.attrs) | used;
-            ours(env.mem().store_u64(new, i as usize * 8, part));
+            ours(direct::store_u64(env.mem(), new, i as usize * 8, part));
         }
         env.written(new, 0, ENTRIES as usize * 8);
     }
@@ -584,19 +662,23 @@ impl Table {
         if new == 0 && place.raw == 0 {
             return Ok(());
         }
+        if place.level == 0 {
+            self.put(env, place.table, offset(gfn, 0), place.raw, new, pending);
+            return Ok(());
+        }
         let off = offset(gfn, level);
         let (table, old) = if place.level == level {
             (place.table, place.raw)
         } else {
             let table = self.reach(env, gfn, level)?;
-            (table, ours(env.mem().load_u64(table, off)))
+            (table, ours(direct::load_u64(env.mem(), table, off)))
         };
         let subtree = self.format.next(old, level);
         if subtree.is_some() {
             pending.reserve()?;
             self.leaves.forget();
         }
-        ours(env.mem().store_u64(table, off, new));
+        ours(direct::store_u64(env.mem(), table, off, new));
         env.written(table, off, 8);
         match subtree {
             Some(t) => pending.retire(t, self.format, level - 1),
@@ -610,13 +692,13 @@ impl Table {
     /// to the same frame needs no flush in a processor: one whose TLB forbids an access walks again
     /// before it faults. An IOMMU may refuse it by what it has cached. No TLB keeps what is not
     /// present.
+    #[inline]
     fn takes_away(&self, old: u64, new: u64, level: u8) -> bool {
-        if !self.format.is_present(old) {
-            return false;
-        }
-        if !self.format.is_present(new) {
-            return true;
-        }
+        self.format.is_present(old)
+            && (!self.format.is_present(new) || self.differs(old, new, level))
+    }
+
+    fn differs(&self, old: u64, new: u64, level: u8) -> bool {
         match (
             self.format.decode(old, level),
             self.format.decode(new, level),

@@ -8,7 +8,7 @@
 use alloc::sync::Arc;
 
 use galvan_base::hw::PagingMode;
-use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE};
+use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE, direct};
 use galvan_dom0_proto::errno::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -314,12 +314,23 @@ impl Cx<'_> {
         let mut v = T::new_zeroed();
         let hw = self.hv.hw;
         let read = self.at_once(gva, size_of::<T>(), Access::empty(), |m, off| {
-            hw.read(m, off, v.as_mut_bytes())
+            direct::read(hw, m, off, v.as_mut_bytes())
         });
         if read != Some(Ok(())) {
             self.read_bytes(gva, v.as_mut_bytes())?;
         }
         Ok(v)
+    }
+
+    /// Reads one value that is to be written later, if it is known where it is.
+    #[inline]
+    pub(crate) fn get_to_change<T: FromBytes + IntoBytes>(&self, gva: u64) -> Option<T> {
+        let mut v = T::new_zeroed();
+        let hw = self.hv.hw;
+        let read = self.at_once(gva, size_of::<T>(), Access::WRITE, |m, off| {
+            direct::read(hw, m, off, v.as_mut_bytes())
+        });
+        (read == Some(Ok(()))).then_some(v)
     }
 
     /// Calls `f` with the frame and offset of so many bytes at a guest virtual address, if it is known
@@ -344,7 +355,7 @@ impl Cx<'_> {
     pub fn put<T: IntoBytes + Immutable>(&self, gva: u64, v: &T) -> Result<(), Errno> {
         let hw = self.hv.hw;
         let written = self.at_once(gva, size_of::<T>(), Access::WRITE, |m, off| {
-            hw.write(m, off, v.as_bytes())
+            direct::write(hw, m, off, v.as_bytes())
         });
         if written != Some(Ok(())) {
             self.write_bytes(gva, v.as_bytes())?;

@@ -19,7 +19,7 @@
 use core::cell::Cell;
 
 use galvan_base::hw::{HostMem, PagingMode};
-use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE};
+use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE, direct};
 
 use crate::guest_access::Access;
 use crate::mm::PageRef;
@@ -139,7 +139,7 @@ impl Slot {
         let Some(walked) = self.entries.get(..self.len.get().into()) else {
             return false;
         };
-        mem.all_equal(walked) && p2m.still(&self.stamp)
+        direct::all_equal(mem, walked) && p2m.still(&self.stamp)
     }
 
     #[inline]

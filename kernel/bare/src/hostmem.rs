@@ -26,7 +26,11 @@ pub fn init(top: u64, ranges: impl Iterator<Item = (u64, u64)>) {
     let map = unsafe {
         core::slice::from_raw_parts(crate::paging::direct_ptr(a).cast::<AtomicU64>(), words)
     };
+    let mut largest = 0..0;
     for (start, end) in ranges {
+        if end - start > largest.end - largest.start {
+            largest = start..end;
+        }
         for f in start / PAGE_SIZE as u64..end / PAGE_SIZE as u64 {
             if let Some(w) = map.get((f / 64) as usize) {
                 w.fetch_or(1 << (f % 64), Ordering::Relaxed);
@@ -35,6 +39,13 @@ pub fn init(top: u64, ranges: impl Iterator<Item = (u64, u64)>) {
     }
     RAM.store(map.as_ptr().cast_mut().cast(), Ordering::Relaxed);
     FRAMES.store(words as u64 * 64, Ordering::Release);
+    let first = Mpa::new_truncate(largest.start);
+    let base = crate::paging::direct_ptr(Mpa::new_truncate(0)).expose_provenance();
+    // SAFETY: the direct map of RAM stays, and what guests and devices write is reached by atomics
+    // and string instructions alone. Only one CPU runs.
+    unsafe {
+        galvan_base::direct::open(base, first.frame(), (largest.end - largest.start) / PAGE_SIZE as u64);
+    }
 }
 
 /// Whether the frame is RAM.

@@ -9,7 +9,7 @@
 use core::cell::Cell;
 
 use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
-use galvan_base::{Gpa, Mpa, PAGE_SIZE, Platform};
+use galvan_base::{Gpa, Mpa, PAGE_SIZE, Platform, direct};
 
 use super::Next;
 use crate::emulate::{Bits, Code, DecodeError, Flags, MAX_LEN, Rep, Stop};
@@ -91,7 +91,7 @@ impl Default for Word {
 impl Word {
     #[inline(always)]
     fn is_there(&self, hw: &dyn Platform) -> bool {
-        hw.load_u64(self.at.frame(), self.at.offset())
+        direct::load_u64(hw, self.at.frame(), self.at.offset())
             .is_ok_and(|w| w & self.mask == self.bytes)
     }
 }

@@ -199,11 +199,10 @@ impl State {
         units: usize,
         domid: u16,
     ) -> Result<&mut Context, Exhausted> {
-        use alloc::collections::btree_map::Entry;
-        Ok(match self.contexts.entry(domid) {
-            Entry::Occupied(o) => o.into_mut(),
-            Entry::Vacant(v) => v.insert(Context::new(hw, units)?),
-        })
+        if !self.contexts.contains_key(&domid) {
+            self.contexts.insert(domid, Context::new(hw, units)?);
+        }
+        self.contexts.get_mut(&domid).ok_or(Exhausted)
     }
 }
 
