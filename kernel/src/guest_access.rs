@@ -16,7 +16,7 @@ use crate::domain::Domain;
 use crate::hv::Hv;
 use crate::p2m::{P2mError, P2mType, Page, Want};
 use crate::vcpu::{Vcpu, VcpuState};
-use crate::walk_cache::{Query, Trail};
+use crate::walk_cache::{Query, Spot, Trail};
 
 /// Everything an exit or hypercall handler works on: the vCPU that is being served.
 #[derive(Debug)]
@@ -322,15 +322,43 @@ impl Cx<'_> {
         Ok(v)
     }
 
-    /// Reads one value that is to be written later, if it is known where it is.
+    /// Reads one value that is to be [put back](Cx::put_back) changed, if it is known where it is.
     #[inline]
-    pub(crate) fn get_to_change<T: FromBytes + IntoBytes>(&self, gva: u64) -> Option<T> {
+    pub(crate) fn get_to_change<T: FromBytes + IntoBytes>(&self, gva: u64) -> Option<(T, Spot)> {
+        let len = size_of::<T>();
+        if gva as usize % PAGE_SIZE > PAGE_SIZE - len.min(PAGE_SIZE) {
+            return None;
+        }
         let mut v = T::new_zeroed();
         let hw = self.hv.hw;
-        let read = self.at_once(gva, size_of::<T>(), Access::WRITE, |m, off| {
+        let q = self.query(gva, Access::WRITE);
+        let walks = &self.st.walks;
+        let read = walks.with(hw, &self.dom.p2m, &q, |m, off| {
             direct::read(hw, m, off, v.as_mut_bytes())
         });
-        (read == Some(Ok(()))).then_some(v)
+        if read != Some(Ok(())) {
+            return None;
+        }
+        Some((v, walks.spot(&q)?))
+    }
+
+    /// Writes a value of [`Cx::get_to_change`] back to where it was read.
+    #[inline]
+    pub(crate) fn put_back<T: IntoBytes + Immutable>(
+        &self,
+        gva: u64,
+        spot: &Spot,
+        v: &T,
+    ) -> Result<(), Errno> {
+        let hw = self.hv.hw;
+        let written = spot.with(&self.dom.p2m, |m, off| {
+            direct::write(hw, m, off, v.as_bytes())
+        });
+        if written != Some(Ok(())) {
+            // The page is another by now, or has become one whose writes are noticed.
+            return self.put(gva, v);
+        }
+        Ok(())
     }
 
     /// Calls `f` with the frame and offset of so many bytes at a guest virtual address, if it is known

@@ -10,7 +10,6 @@
 //! loop calls with no lock held but that of the vCPU it runs. So no lock needs an interrupt-disabling variant.
 
 use alloc::boxed::Box;
-use core::cell::Cell;
 use core::fmt::{self, Debug};
 
 use crate::exit::Exit;
@@ -72,13 +71,6 @@ pub trait HostMem: Sync {
     fn and_u32(&self, m: Mfn, off: usize, mask: u32) -> Result<u32, MemFault>;
     /// Swaps a byte; gives the value before (SeqCst).
     fn swap_u8(&self, m: Mfn, off: usize, v: u8) -> Result<u8, MemFault>;
-    /// Whether each of these aligned u64 has this value.
-    fn all_equal(&self, words: &[Cell<(Mpa, u64)>]) -> bool {
-        words.iter().all(|w| {
-            let (at, v) = w.get();
-            self.load_u64(at.frame(), at.offset()) == Ok(v)
-        })
-    }
 }
 
 /// Conversion from TSC ticks to nanoseconds as pvclock expresses it:
