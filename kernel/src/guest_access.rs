@@ -361,6 +361,17 @@ impl Cx<'_> {
         Ok(())
     }
 
+    /// Reads a number if it is known where it is, in line.
+    #[inline(always)]
+    pub(crate) fn get_known(&self, gva: u64) -> Option<u32> {
+        let mut b = [0; 4];
+        let hw = self.hv.hw;
+        let read = self.at_once(gva, size_of_val(&b), Access::empty(), |m, off| {
+            direct::read(hw, m, off, &mut b)
+        });
+        (read == Some(Ok(()))).then(|| u32::from_ne_bytes(b))
+    }
+
     /// Calls `f` with the frame and offset of so many bytes at a guest virtual address, if it is known
     /// where that leads and they lie in one page of ordinary RAM; see `WalkCache::with`.
     #[inline(always)]

@@ -20,7 +20,7 @@ use crate::{bare, esp, paths, qemu, setup, sh};
 const OPTIONS: &str =
     "com1=115200,8n1 console=com1 dom0_mem=256M dom0_max_vcpus=1 loglvl=warning guest_loglvl=all";
 /// A machine that has not said the last line after so many seconds will not.
-const LIMIT: Duration = Duration::from_secs(300);
+const LIMIT: Duration = Duration::from_secs(900);
 const MEMORY: u32 = 2048;
 const CPU: &str = "qemu64,+svm,+npt";
 /// Millions of instructions from the entry of Galvan's loader to dom0's first.
