@@ -413,6 +413,8 @@ pub struct BootInfo {
     pub stack: PhysRange,
     /// All memory the loader's page tables are in.
     pub page_tables: PhysRange,
+    /// The processor's time stamp counter when the loader was entered.
+    pub entry_tsc: u64,
 }
 
 impl BootInfo {
@@ -421,7 +423,7 @@ impl BootInfo {
 
     /// Counts up with every change of layout or meaning. Loader and image come from one build
     /// (or one file), so only equality is good enough.
-    pub const VERSION: u32 = 2;
+    pub const VERSION: u32 = 3;
 
     /// A hand-over in which nothing is known but who made it.
     pub const fn new(loader: LoaderKind) -> Self {
@@ -463,6 +465,7 @@ impl BootInfo {
             symbols: PhysRange::EMPTY,
             stack: PhysRange::EMPTY,
             page_tables: PhysRange::EMPTY,
+            entry_tsc: 0,
         }
     }
 
@@ -559,7 +562,7 @@ impl fmt::Display for BadBootInfo {
 const _: () = {
     assert!(MemoryRange::SIZE == 32);
     assert!(size_of::<FrameBuffer>() == 48);
-    assert!(size_of::<BootInfo>() == 264);
+    assert!(size_of::<BootInfo>() == 272);
 };
 
 #[cfg(test)]

@@ -241,26 +241,23 @@ impl Vlapic {
         true
     }
 
-    /// Takes over what other CPUs and devices posted: `taken` was swapped out of the vCPU's
-    /// bitmap, vector v being bit v % 64 of word v / 64, and `level` says which of those are
+    /// Takes over what other CPUs and devices posted: `taken` was swapped out of a word of the
+    /// vCPU's bitmap, vector v being bit v % 64 of word v / 64, and `level` says which of those are
     /// level-triggered.
     #[inline]
-    pub fn sync_posted(&mut self, mut taken: [u64; 4], level: [u64; 4]) {
+    pub fn sync_posted(&mut self, word: usize, mut taken: u64, level: u64) {
         if !self.software_enabled() {
             return;
         }
-        // The poster checks vectors, but one below 16 here would break "0 is none".
-        taken[0] &= !0xffff;
-        for ((irr, tmr), (t, l)) in self
-            .irr
-            .0
-            .iter_mut()
-            .zip(&mut self.tmr.0)
-            .zip(taken.into_iter().zip(level))
-        {
-            *irr |= t;
-            *tmr = *tmr & !t | l & t;
+        if word == 0 {
+            // The poster checks vectors, but one below 16 here would break "0 is none".
+            taken &= !0xffff;
         }
+        let (Some(irr), Some(tmr)) = (self.irr.0.get_mut(word), self.tmr.0.get_mut(word)) else {
+            return;
+        };
+        *irr |= taken;
+        *tmr = *tmr & !taken | level & taken;
         self.irrv = self.irr.highest();
     }
 

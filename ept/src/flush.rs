@@ -34,14 +34,26 @@ impl PendingFlush {
         self.needed
     }
 
+    /// Nothing is to be done.
+    #[inline]
+    pub fn is_clear(&self) -> bool {
+        !self.needed && self.retired.is_empty()
+    }
+
     /// Calls `flush_tlbs` if that is needed, which must return when no processor or device uses an
     /// old translation, and then frees the table pages cut off. At most 513 pages per change.
     pub fn flush<A: TableAlloc + ?Sized>(mut self, env: &A, flush_tlbs: impl FnOnce()) {
+        self.settle(env, flush_tlbs);
+    }
+
+    /// [`PendingFlush::flush`], after which it may be used again.
+    #[inline]
+    pub fn settle<A: TableAlloc + ?Sized>(&mut self, env: &A, flush_tlbs: impl FnOnce()) {
         if self.needed {
             flush_tlbs();
         }
         self.needed = false;
-        for (root, format, level) in core::mem::take(&mut self.retired) {
+        for (root, format, level) in self.retired.drain(..) {
             Table::free_subtree(env, root, format, level);
         }
     }

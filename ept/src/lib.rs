@@ -31,7 +31,7 @@ mod tests;
 
 pub use flush::PendingFlush;
 pub use pte::{Attrs, Entry, Format, MemType};
-pub use table::{Error, Run, Table};
+pub use table::{Error, Kind, Run, Single, Table};
 
 use galvan_base::Mfn;
 use galvan_base::hw::{Exhausted, HostMem};

@@ -167,6 +167,7 @@ impl Format {
     pub const SW_BITS: u32 = 5;
 
     /// `a` as this format can express it.
+    #[inline]
     pub fn normalize(self, mut a: Attrs) -> Attrs {
         a.sw &= if self == Format::AmdVi { 0xf } else { 0x1f };
         if !a.read {
@@ -187,6 +188,7 @@ impl Format {
         a
     }
 
+    #[inline]
     fn encode_sw(self, sw: u8) -> u64 {
         let sw = u64::from(sw);
         match self {
@@ -226,6 +228,7 @@ impl Format {
 
     /// An entry of a table of `level` that maps a page, or is not present. `mfn` must be aligned to
     /// the level.
+    #[inline]
     pub(crate) fn leaf(self, mfn: Mfn, level: u8, a: Attrs) -> u64 {
         let a = self.normalize(a);
         if a == Attrs::NONE {
@@ -269,7 +272,8 @@ impl Format {
         }
     }
 
-    fn is_present(self, raw: u64) -> bool {
+    #[inline]
+    pub(crate) fn is_present(self, raw: u64) -> bool {
         match self {
             Format::Npt => raw & NPT_P != 0,
             Format::Ept => raw & (EPT_R | EPT_W | EPT_X) != 0,

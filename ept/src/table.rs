@@ -4,9 +4,10 @@
 //! a page).
 
 use core::ops::Range;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::{Exhausted, HostMem, MemFault};
-use galvan_base::{Gfn, Mfn, PageOrder};
+use galvan_base::{Gfn, Mfn, PageOrder, direct};
 
 use crate::pte::{Slot, order_of};
 use crate::{Attrs, Budget, Entry, Format, PendingFlush, TableAlloc};
@@ -50,6 +51,48 @@ pub struct Table {
     format: Format,
     root: Mfn,
     max_order: PageOrder,
+    leaves: Leaves,
+}
+
+/// Where the tables of level 0 are that walks went to last, so that most walks are a single step.
+///
+/// Readers may write it at the same time, under the lock that excludes writers of the table; a
+/// writer that cuts a table off [forgets](Leaves::forget) all.
+#[derive(Debug, Default)]
+struct Leaves([AtomicU64; LEAVES]);
+
+const LEAVES: usize = 8;
+/// Bits of a frame number.
+const MFN_BITS: u32 = 40;
+const _: () = assert!(Mfn::MAX.get() < 1 << MFN_BITS);
+
+impl Leaves {
+    /// The place for a guest frame, and what is in the upper bits of the word that is for it. The frame
+    /// of the table is in the lower ones; 0 there, which is no table, is for none.
+    #[inline(always)]
+    fn place(&self, gfn: Gfn) -> (&AtomicU64, u64) {
+        let table = gfn.get() / ENTRIES;
+        let [first, ..] = &self.0;
+        let word = self.0.get(table as usize % LEAVES).unwrap_or(first);
+        (word, (table / LEAVES as u64) << MFN_BITS)
+    }
+
+    #[inline(always)]
+    fn find(&self, gfn: Gfn) -> Option<Mfn> {
+        let (word, tag) = self.place(gfn);
+        let m = word.load(Ordering::Relaxed) ^ tag;
+        (m.wrapping_sub(1) < Mfn::MAX.get()).then(|| Mfn::new_truncate(m))
+    }
+
+    #[inline]
+    fn keep(&self, gfn: Gfn, table: Mfn) {
+        let (word, tag) = self.place(gfn);
+        word.store(tag | table.get(), Ordering::Relaxed);
+    }
+
+    fn forget(&mut self) {
+        *self = Leaves::default();
+    }
 }
 
 /// Frames that an entry of a table of `level` stands for.
@@ -77,6 +120,22 @@ fn ours<T>(r: Result<T, MemFault>) -> T {
     r.expect("a second-stage table page is RAM")
 }
 
+/// The entry of a single page: see [`Table::single`].
+#[derive(Clone, Copy, Debug)]
+pub struct Single {
+    table: Mfn,
+    off: usize,
+    raw: u64,
+    /// The frame, for types that have one.
+    pub mfn: Mfn,
+    /// The software type.
+    pub sw: u8,
+}
+
+/// The bits of an entry of a single page but for the frame.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Kind(u64);
+
 /// Where a walk ended.
 struct Place {
     table: Mfn,
@@ -98,6 +157,7 @@ impl Table {
             format,
             root: env.alloc()?,
             max_order,
+            leaves: Leaves::default(),
         })
     }
 
@@ -136,19 +196,8 @@ impl Table {
                 dirty: false,
             };
         }
-        let mut table = self.root;
-        let mut level = ROOT;
-        loop {
-            let raw = ours(mem.load_u64(table, offset(gfn, level)));
-            match self.format.next(raw, level) {
-                // Entries of level 0 point to no table.
-                Some(next) => {
-                    table = next;
-                    level = level.saturating_sub(1);
-                }
-                None => return within(self.format.entry(raw, level), gfn, level, raw),
-            }
-        }
+        let Place { level, raw, .. } = self.walk(mem, gfn, 0);
+        within(self.format.entry(raw, level), gfn, level, raw)
     }
 
     /// The frame and the software type that the table has for a guest frame, and the size of the page
@@ -166,6 +215,68 @@ impl Table {
             first
         };
         (mfn, self.format.decode_sw(raw), order_of(level))
+    }
+
+    /// The entry for a guest frame, if that lies in a table of single pages: for those who look and then
+    /// change, while nobody else changes the table.
+    #[inline]
+    pub fn single<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn) -> Option<Single> {
+        if gfn >= Self::LIMIT {
+            return None;
+        }
+        let Place { table, level, raw } = self.walk(mem, gfn, 0);
+        (level == 0).then(|| Single {
+            table,
+            off: offset(gfn, 0),
+            raw,
+            mfn: self.format.frame(raw),
+            sw: self.format.decode_sw(raw),
+        })
+    }
+
+    /// What [`Table::set_single`] can put into entries: a page with these attributes, or, if they do not
+    /// allow reads, a hole with their software type.
+    pub fn kind(&self, attrs: Attrs) -> Kind {
+        Kind(self.format.leaf(Mfn::new_truncate(0), 0, attrs))
+    }
+
+    /// Changes an entry of [`Table::single`].
+    #[inline]
+    pub fn set_single<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        at: &Single,
+        mfn: Mfn,
+        kind: Kind,
+        pending: &mut PendingFlush,
+    ) {
+        let new = match kind.0 {
+            // A hole without a software type is an empty entry.
+            0 => 0,
+            bits => bits | mfn.addr().get(),
+        };
+        self.put(env, at.table, at.off, at.raw, new, pending);
+    }
+
+    /// Changes an entry of level 0.
+    #[inline]
+    fn put<A: TableAlloc + ?Sized>(
+        &mut self,
+        env: &A,
+        table: Mfn,
+        off: usize,
+        old: u64,
+        new: u64,
+        pending: &mut PendingFlush,
+    ) {
+        if old == 0 && new == 0 {
+            return;
+        }
+        ours(direct::store_u64(env.mem(), table, off, new));
+        env.written(table, off, 8);
+        if self.takes_away(old, new, 0) {
+            pending.require();
+        }
     }
 
     /// Maps one page at `gfn`, which replaces whatever was there, down to single pages; with attributes
@@ -337,7 +448,7 @@ impl Table {
                         if a.read && entry.attrs.read {
                             new |= place.raw & used;
                         }
-                        let found = ours(env.mem().cmpxchg_u64(place.table, off, place.raw, new));
+                        let found = ours(direct::cmpxchg_u64(env.mem(), place.table, off, place.raw, new));
                         if found != place.raw {
                             // The processor has set an accessed or dirty bit meanwhile.
                             place.raw = found;
@@ -387,6 +498,7 @@ impl Table {
     /// Frees all pages but the root. Nothing may use the table any more, TLBs included. True when
     /// all is done; false when the budget was spent before, and then it is called again.
     pub fn clear<A: TableAlloc + ?Sized>(&mut self, env: &A, budget: &mut Budget) -> bool {
+        self.leaves.forget();
         self.clear_below(env, self.root, ROOT, budget)
     }
 
@@ -404,7 +516,7 @@ impl Table {
         budget: &mut Budget,
     ) -> bool {
         for off in (0..ENTRIES as usize).map(|i| i * 8) {
-            let raw = ours(env.mem().load_u64(table, off));
+            let raw = ours(direct::load_u64(env.mem(), table, off));
             if raw == 0 {
                 continue;
             }
@@ -415,10 +527,10 @@ impl Table {
                 if !budget.spend() {
                     return false;
                 }
-                ours(env.mem().store_u64(table, off, 0));
+                ours(direct::store_u64(env.mem(), table, off, 0));
                 env.free(next);
             } else {
-                ours(env.mem().store_u64(table, off, 0));
+                ours(direct::store_u64(env.mem(), table, off, 0));
             }
         }
         true
@@ -433,7 +545,7 @@ impl Table {
     ) {
         if level > 0 {
             for off in (0..ENTRIES as usize).map(|i| i * 8) {
-                let raw = ours(env.mem().load_u64(table, off));
+                let raw = ours(direct::load_u64(env.mem(), table, off));
                 if let Slot::Table(next) = format.decode(raw, level) {
                     Self::free_subtree(env, next, format, level - 1);
                 }
@@ -445,14 +557,28 @@ impl Table {
     /// Walks towards `gfn` until an entry that is no table, or down to `level`.
     #[inline]
     fn walk<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn, level: u8) -> Place {
+        if level == 0
+            && let Some(table) = self.leaves.find(gfn)
+        {
+            let raw = ours(direct::load_u64(mem, table, offset(gfn, 0)));
+            return Place { table, level, raw };
+        }
+        self.walk_from_root(mem, gfn, level)
+    }
+
+    #[inline(never)]
+    fn walk_from_root<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn, level: u8) -> Place {
         let mut table = self.root;
         let mut at = ROOT;
         loop {
-            let raw = ours(mem.load_u64(table, offset(gfn, at)));
+            let raw = ours(direct::load_u64(mem, table, offset(gfn, at)));
             match self.format.next(raw, at) {
                 Some(next) if at > level => {
                     table = next;
                     at -= 1;
+                    if at == 0 {
+                        self.leaves.keep(gfn, table);
+                    }
                 }
                 _ => {
                     return Place {
@@ -473,11 +599,16 @@ impl Table {
         gfn: Gfn,
         level: u8,
     ) -> Result<Mfn, Exhausted> {
+        if level == 0
+            && let Some(table) = self.leaves.find(gfn)
+        {
+            return Ok(table);
+        }
         let mem = env.mem();
         let mut table = self.root;
         for at in (level + 1..=ROOT).rev() {
             let off = offset(gfn, at);
-            let mut raw = ours(mem.load_u64(table, off));
+            let mut raw = ours(direct::load_u64(mem, table, off));
             if let Some(next) = self.format.next(raw, at) {
                 table = next;
                 continue;
@@ -491,7 +622,7 @@ impl Table {
                 }
                 // Complete before it can be reached; a store by the processor to the accessed and
                 // dirty bits in between must not be lost.
-                let found = ours(mem.cmpxchg_u64(table, off, raw, self.format.table(new, at)));
+                let found = ours(direct::cmpxchg_u64(mem, table, off, raw, self.format.table(new, at)));
                 if found == raw {
                     break;
                 }
@@ -513,7 +644,7 @@ impl Table {
         for i in 0..ENTRIES {
             let mfn = Mfn::new_truncate(e.mfn.get() + i * span(level));
             let part = self.format.leaf(mfn, level, e.attrs) | used;
-            ours(env.mem().store_u64(new, i as usize * 8, part));
+            ours(direct::store_u64(env.mem(), new, i as usize * 8, part));
         }
         env.written(new, 0, ENTRIES as usize * 8);
     }
@@ -531,21 +662,23 @@ impl Table {
         if new == 0 && place.raw == 0 {
             return Ok(());
         }
+        if place.level == 0 {
+            self.put(env, place.table, offset(gfn, 0), place.raw, new, pending);
+            return Ok(());
+        }
         let off = offset(gfn, level);
         let (table, old) = if place.level == level {
             (place.table, place.raw)
         } else {
             let table = self.reach(env, gfn, level)?;
-            (table, ours(env.mem().load_u64(table, off)))
+            (table, ours(direct::load_u64(env.mem(), table, off)))
         };
-        let subtree = match self.format.decode(old, level) {
-            Slot::Table(t) => {
-                pending.reserve()?;
-                Some(t)
-            }
-            Slot::Leaf(_) => None,
-        };
-        ours(env.mem().store_u64(table, off, new));
+        let subtree = self.format.next(old, level);
+        if subtree.is_some() {
+            pending.reserve()?;
+            self.leaves.forget();
+        }
+        ours(direct::store_u64(env.mem(), table, off, new));
         env.written(table, off, 8);
         match subtree {
             Some(t) => pending.retire(t, self.format, level - 1),
@@ -559,21 +692,23 @@ impl Table {
     /// to the same frame needs no flush in a processor: one whose TLB forbids an access walks again
     /// before it faults. An IOMMU may refuse it by what it has cached. No TLB keeps what is not
     /// present.
+    #[inline]
     fn takes_away(&self, old: u64, new: u64, level: u8) -> bool {
-        if old == 0 {
-            return false;
-        }
+        self.format.is_present(old)
+            && (!self.format.is_present(new) || self.differs(old, new, level))
+    }
+
+    fn differs(&self, old: u64, new: u64, level: u8) -> bool {
         match (
             self.format.decode(old, level),
             self.format.decode(new, level),
         ) {
             (Slot::Leaf(o), Slot::Leaf(n)) => {
                 let cpu = matches!(self.format, Format::Npt | Format::Ept);
-                let same = n.is_present()
-                    && n.mfn == o.mfn
+                let same = n.mfn == o.mfn
                     && n.attrs.covers(o.attrs)
                     && (cpu || o.attrs.covers(n.attrs));
-                o.is_present() && !same
+                !same
             }
             _ => true,
         }

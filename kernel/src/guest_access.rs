@@ -8,7 +8,7 @@
 use alloc::sync::Arc;
 
 use galvan_base::hw::PagingMode;
-use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE};
+use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE, direct};
 use galvan_dom0_proto::errno::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -16,7 +16,7 @@ use crate::domain::Domain;
 use crate::hv::Hv;
 use crate::p2m::{P2mError, P2mType, Page, Want};
 use crate::vcpu::{Vcpu, VcpuState};
-use crate::walk_cache::{Query, Trail};
+use crate::walk_cache::{Query, Spot, Trail};
 
 /// Everything an exit or hypercall handler works on: the vCPU that is being served.
 #[derive(Debug)]
@@ -314,12 +314,62 @@ impl Cx<'_> {
         let mut v = T::new_zeroed();
         let hw = self.hv.hw;
         let read = self.at_once(gva, size_of::<T>(), Access::empty(), |m, off| {
-            hw.read(m, off, v.as_mut_bytes())
+            direct::read(hw, m, off, v.as_mut_bytes())
         });
         if read != Some(Ok(())) {
             self.read_bytes(gva, v.as_mut_bytes())?;
         }
         Ok(v)
+    }
+
+    /// Reads one value that is to be [put back](Cx::put_back) changed, if it is known where it is.
+    #[inline]
+    pub(crate) fn get_to_change<T: FromBytes + IntoBytes>(&self, gva: u64) -> Option<(T, Spot)> {
+        let len = size_of::<T>();
+        if gva as usize % PAGE_SIZE > PAGE_SIZE - len.min(PAGE_SIZE) {
+            return None;
+        }
+        let mut v = T::new_zeroed();
+        let hw = self.hv.hw;
+        let q = self.query(gva, Access::WRITE);
+        let walks = &self.st.walks;
+        let read = walks.with(hw, &self.dom.p2m, &q, |m, off| {
+            direct::read(hw, m, off, v.as_mut_bytes())
+        });
+        if read != Some(Ok(())) {
+            return None;
+        }
+        Some((v, walks.spot(&q)?))
+    }
+
+    /// Writes a value of [`Cx::get_to_change`] back to where it was read.
+    #[inline]
+    pub(crate) fn put_back<T: IntoBytes + Immutable>(
+        &self,
+        gva: u64,
+        spot: &Spot,
+        v: &T,
+    ) -> Result<(), Errno> {
+        let hw = self.hv.hw;
+        let written = spot.with(&self.dom.p2m, |m, off| {
+            direct::write(hw, m, off, v.as_bytes())
+        });
+        if written != Some(Ok(())) {
+            // The page is another by now, or has become one whose writes are noticed.
+            return self.put(gva, v);
+        }
+        Ok(())
+    }
+
+    /// Reads a number if it is known where it is, in line.
+    #[inline(always)]
+    pub(crate) fn get_known(&self, gva: u64) -> Option<u32> {
+        let mut b = [0; 4];
+        let hw = self.hv.hw;
+        let read = self.at_once(gva, size_of_val(&b), Access::empty(), |m, off| {
+            direct::read(hw, m, off, &mut b)
+        });
+        (read == Some(Ok(()))).then(|| u32::from_ne_bytes(b))
     }
 
     /// Calls `f` with the frame and offset of so many bytes at a guest virtual address, if it is known
@@ -344,7 +394,7 @@ impl Cx<'_> {
     pub fn put<T: IntoBytes + Immutable>(&self, gva: u64, v: &T) -> Result<(), Errno> {
         let hw = self.hv.hw;
         let written = self.at_once(gva, size_of::<T>(), Access::WRITE, |m, off| {
-            hw.write(m, off, v.as_bytes())
+            direct::write(hw, m, off, v.as_bytes())
         });
         if written != Some(Ok(())) {
             self.write_bytes(gva, v.as_bytes())?;

@@ -8,7 +8,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
-use galvan_base::hw::{CpuId, Platform};
+use galvan_base::hw::{CpuId, HwCounts, Platform};
 
 use crate::console::{ConsoleInput, ConsoleRing};
 use crate::domain::{Domain, DomainTable};
@@ -63,8 +63,66 @@ pub struct CpuState {
     pub last_domain: AtomicU32,
     /// Nanoseconds spent idle.
     pub idle_ns: AtomicU64,
-    /// Exits taken.
-    pub exits: AtomicU64,
+    /// Exits that the vendor's part has dealt with itself.
+    hidden_exits: AtomicU64,
+    /// Flushes of the TLB for guests, and fresh tags taken in their place.
+    tlb_flushes: AtomicU64,
+    /// What the counters were when they were set to zero.
+    at_reset: [AtomicU64; Counter::ALL.len()],
+}
+
+/// What each CPU counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Counter {
+    /// Ends of guests' runs.
+    Exits,
+    /// Those of them that the vendor's part has dealt with itself.
+    HiddenExits,
+    /// Flushes of the TLB for guests, and fresh tags taken in their place.
+    TlbFlushes,
+}
+
+impl Counter {
+    /// All of them.
+    pub const ALL: [Counter; 3] = [
+        Counter::Exits,
+        Counter::HiddenExits,
+        Counter::TlbFlushes,
+    ];
+}
+
+impl CpuState {
+    /// Adds what a vCPU has counted here.
+    pub fn note(&self, c: HwCounts) {
+        self.hidden_exits
+            .fetch_add(c.hidden_exits, Ordering::Relaxed);
+        self.tlb_flushes
+            .fetch_add(c.tlb_flushes, Ordering::Relaxed);
+    }
+
+    /// A counter since it was set to zero. What the vCPU that runs on the CPU has counted in this turn
+    /// is not in it, but for exits.
+    pub fn counter(&self, c: Counter) -> u64 {
+        let zero = self.at_reset.get(c as usize);
+        self.total(c)
+            .wrapping_sub(zero.map_or(0, |z| z.load(Ordering::Relaxed)))
+    }
+
+    /// Sets all counters to zero.
+    pub fn reset_counters(&self) {
+        for (zero, c) in self.at_reset.iter().zip(Counter::ALL) {
+            zero.store(self.total(c), Ordering::Relaxed);
+        }
+    }
+
+    fn total(&self, c: Counter) -> u64 {
+        let hidden = self.hidden_exits.load(Ordering::Relaxed);
+        match c {
+            Counter::Exits => self.entries.load(Ordering::Relaxed) + hidden,
+            Counter::HiddenExits => hidden,
+            Counter::TlbFlushes => self.tlb_flushes.load(Ordering::Relaxed),
+        }
+    }
 }
 
 impl Hypervisor {

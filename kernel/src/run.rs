@@ -5,7 +5,7 @@
 //! that applies what handlers ask for ([`Next`]).
 
 use alloc::sync::Arc;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 
 use galvan_base::PageOrder;
 use galvan_base::exit::Exit;
@@ -165,6 +165,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
         }
     }
     crate::time::scheduled_out(&mut cx);
+    me.note(cx.st.hw.take_counts());
     cx.st.hw.unload();
     me.last_domain.store(0, Ordering::Relaxed);
     if !v.runnable()
@@ -177,19 +178,15 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
 /// Does what others have asked this vCPU to do.
 pub(crate) fn serve_requests(cx: &mut Cx<'_>) {
     let v = cx.vcpu;
-    if v.posted_any.swap(0, Ordering::SeqCst) != 0 {
-        let take = |words: &[AtomicU64; 4], which: [u64; 4]| {
-            let mut out = [0; 4];
-            for ((w, o), mask) in words.iter().zip(&mut out).zip(which) {
-                if mask != 0 {
-                    *o = w.fetch_and(!mask, Ordering::SeqCst) & mask;
-                }
-            }
-            out
-        };
-        let vectors = take(&v.posted, [!0; 4]);
-        let level = take(&v.posted_level, vectors);
-        cx.st.lapic.sync_posted(vectors, level);
+    let mut words = v.posted_any.swap(0, Ordering::SeqCst);
+    while words != 0 {
+        let n = words.trailing_zeros() as usize;
+        words &= words - 1;
+        if let (Some(posted), Some(level)) = (v.posted.get(n), v.posted_level.get(n)) {
+            let vectors = posted.swap(0, Ordering::SeqCst);
+            let level = level.fetch_and(!vectors, Ordering::SeqCst) & vectors;
+            cx.st.lapic.sync_posted(n, vectors, level);
+        }
     }
     let asked = v.requests.swap(0, Ordering::SeqCst);
     if asked == 0 {

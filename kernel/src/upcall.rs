@@ -4,6 +4,7 @@
 use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
+use galvan_base::direct;
 use galvan_base::state::{Event, RFLAGS_IF};
 
 use crate::guest_access::Cx;
@@ -15,7 +16,7 @@ use crate::vcpu::Vcpu;
 pub fn mark_pending(hv: Hv, v: &Arc<Vcpu>) {
     let Some((m, off)) = v.info() else { return };
     // `evtchn_upcall_pending` is the first byte of `vcpu_info`.
-    if hv.hw.swap_u8(m, off, 1) == Ok(0) {
+    if direct::swap_u8(hv.hw, m, off, 1) == Ok(0) {
         raise(hv, v);
     }
 }

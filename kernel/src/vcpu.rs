@@ -77,7 +77,7 @@ pub struct Vcpu {
     pub posted: [AtomicU64; 4],
     /// Which of them are level-triggered.
     pub posted_level: [AtomicU64; 4],
-    /// Some bit of `posted` is set.
+    /// The words of `posted`, by bits, in which some may be set.
     pub posted_any: AtomicU32,
     /// Machine address of its `vcpu_info`: frame << 12 | offset.
     info: AtomicU64,
@@ -294,7 +294,7 @@ impl Vcpu {
             }
             p.fetch_or(bit, Ordering::SeqCst);
         }
-        self.posted_any.store(1, Ordering::SeqCst);
+        self.posted_any.fetch_or(1 << word, Ordering::SeqCst);
         self.notify(hv);
     }
 

@@ -18,6 +18,7 @@
 
 use core::cell::Cell;
 
+use galvan_base::direct::{self, KnownWord};
 use galvan_base::hw::{HostMem, PagingMode};
 use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE};
 
@@ -108,7 +109,7 @@ struct Slot {
     gpa: Cell<u64>,
     /// Its frame, if it is ordinary RAM that has been looked up for this access.
     mfn: Cell<Option<Mfn>>,
-    entries: [Cell<(Mpa, u64)>; LEVELS],
+    entries: [Cell<(KnownWord, u64)>; LEVELS],
 }
 
 impl Default for Slot {
@@ -121,7 +122,7 @@ impl Default for Slot {
             stamp: Cell::default(),
             gpa: Cell::new(0),
             mfn: Cell::new(None),
-            entries: [const { Cell::new((Mpa::new_truncate(0), 0)) }; LEVELS],
+            entries: Default::default(),
         }
     }
 }
@@ -139,12 +140,30 @@ impl Slot {
         let Some(walked) = self.entries.get(..self.len.get().into()) else {
             return false;
         };
-        mem.all_equal(walked) && p2m.still(&self.stamp)
+        direct::all_equal(mem, walked) && p2m.still(&self.stamp)
     }
 
     #[inline]
     fn gpa(&self, q: &Query) -> Gpa {
         Gpa::new_truncate(self.gpa.get() | q.gva & (PAGE_SIZE as u64 - 1))
+    }
+}
+
+/// Where an address led, of ordinary RAM, when it was looked up.
+#[derive(Debug)]
+pub(crate) struct Spot {
+    mfn: Mfn,
+    off: usize,
+    stamp: Cell<Stamp>,
+}
+
+impl Spot {
+    /// Calls `f` with the frame and the offset, if that is still the guest's ordinary RAM, at the same
+    /// place; as [`WalkCache::with`].
+    #[inline(always)]
+    pub(crate) fn with<R>(&self, p2m: &P2m, f: impl FnOnce(Mfn, usize) -> R) -> Option<R> {
+        let _held = p2m.hold();
+        p2m.still(&self.stamp).then(|| f(self.mfn, self.off))
     }
 }
 
@@ -194,6 +213,17 @@ impl WalkCache {
             .then(|| f(mfn, q.gva as usize & (PAGE_SIZE - 1)))
     }
 
+    /// What [`WalkCache::with`] found last for `q`, to be used again without a walk.
+    #[inline(always)]
+    pub(crate) fn spot(&self, q: &Query) -> Option<Spot> {
+        let s = self.slots.get(q.slot())?;
+        Some(Spot {
+            mfn: s.mfn.get()?,
+            off: q.gva as usize & (PAGE_SIZE - 1),
+            stamp: s.stamp.clone(),
+        })
+    }
+
     /// Remembers where a walk led, before the page there is looked up.
     pub(crate) fn keep(&self, p2m: &P2m, q: &Query, t: &Trail, gpa: Gpa) {
         if !t.keep {
@@ -209,8 +239,8 @@ impl WalkCache {
             s.stamp.set(stamp);
             s.gpa.set(gpa.get() & !(PAGE_SIZE as u64 - 1));
             s.mfn.set(None);
-            for (to, from) in s.entries.iter().zip(t.entries) {
-                to.set(from);
+            for (to, (at, value)) in s.entries.iter().zip(t.entries).take(t.len) {
+                to.set((KnownWord::new(at), value));
             }
         }
     }

@@ -40,6 +40,11 @@ bitflags::bitflags! {
     }
 }
 
+impl Group {
+    /// No group: the clean bits were set for changes that are past.
+    const OUTDATED: Group = Group::from_bits_retain(1 << 31);
+}
+
 /// A guest's VMCB with a note of what changed since its last run.
 #[derive(Debug)]
 pub struct GuestVmcb {
@@ -144,6 +149,12 @@ impl GuestVmcb {
     /// Tells the processor what has not changed since the last run; called just before each.
     #[inline]
     pub fn publish(&mut self, supported: bool) {
+        if !self.dirty.is_empty() {
+            self.publish_changes(supported);
+        }
+    }
+
+    fn publish_changes(&mut self, supported: bool) {
         // Bits of groups that are never changed (LBR, AVIC, CET) stay 0: not cached.
         let clean = if supported {
             Group::all().difference(self.dirty)
@@ -151,7 +162,12 @@ impl GuestVmcb {
             Group::empty()
         };
         self.page.clean.set(clean.bits());
-        self.dirty = Group::empty();
+        // What was not clean for this run will be for the next.
+        self.dirty = if supported && clean != Group::all() {
+            Group::OUTDATED
+        } else {
+            Group::empty()
+        };
     }
 }
 

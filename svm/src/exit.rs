@@ -162,6 +162,8 @@ pub enum Cause {
     DebugRegister,
     /// This crate: the guest is about to return from an NMI.
     Iret,
+    /// This crate: the host has ended the run after an injection.
+    Injected,
 }
 
 /// Decodes an exit.

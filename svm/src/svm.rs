@@ -23,8 +23,15 @@ pub trait Host: PageSource {
     /// An external interrupt is injected at the entry that comes next. Called with the global
     /// interrupt flag clear. Where the guest must not go on right after the injection, this makes an
     /// interrupt of the host's own pending, which ends the run at the first instruction of the
-    /// guest's handler.
-    fn injecting(&self) {}
+    /// guest's handler, and says so. After that run comes [`Host::injected`], and the guest is
+    /// entered again.
+    fn injecting(&self) -> bool {
+        false
+    }
+
+    /// Takes back what [`Host::injecting`] has made pending. Called with the global interrupt flag
+    /// clear.
+    fn injected(&self) {}
 }
 
 /// SVM in use on a machine. All methods but [`Svm::new_vcpu`] and [`Svm::hwdom_ports`] concern the

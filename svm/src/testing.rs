@@ -57,8 +57,14 @@ impl Host for TestHost {
     fn cpu(&self) -> CpuId {
         CpuId(CPU.get())
     }
-    fn injecting(&self) {
-        MACHINE.with_borrow_mut(|m| m.log.push("injecting"));
+    fn injecting(&self) -> bool {
+        MACHINE.with_borrow_mut(|m| {
+            m.log.push("injecting");
+            m.cuts_short
+        })
+    }
+    fn injected(&self) {
+        MACHINE.with_borrow_mut(|m| m.log.push("injected"));
     }
 }
 
@@ -91,6 +97,8 @@ pub(crate) struct Machine {
     pub dr: [u64; 4],
     pub log: Vec<&'static str>,
     pub script: VecDeque<Script>,
+    /// The host ends runs after injections.
+    pub cuts_short: bool,
 }
 
 /// Looks at or changes the processor.

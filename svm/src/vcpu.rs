@@ -17,7 +17,7 @@
 use core::fmt;
 
 use galvan_base::exit::Exit;
-use galvan_base::hw::{Exhausted, HwVcpu, VcpuConfig};
+use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, VcpuConfig};
 use galvan_base::state::{ArchState, EFER_SVME, Event, Gprs, Seg, Segment};
 use galvan_base::{CpuId, Mpa};
 
@@ -82,6 +82,9 @@ pub struct Vcpu<C: Cpu = Real> {
     nmi_waits: bool,
     /// Why the state or event that was set cannot be run.
     refused: Option<&'static str>,
+    counts: HwCounts,
+    /// `flush`, `nmi_waits`, `nmi` or `refused` may be other than they mostly are.
+    rare: bool,
 }
 
 impl<C: Cpu> Vcpu<C> {
@@ -104,6 +107,8 @@ impl<C: Cpu> Vcpu<C> {
             nmi: NmiState::Open,
             nmi_waits: false,
             refused: None,
+            counts: HwCounts::default(),
+            rare: true,
         };
         v.set_controls(cfg);
         v.set_state(&ArchState::at_reset());
@@ -218,6 +223,7 @@ impl<C: Cpu> Vcpu<C> {
     #[cold]
     fn settle_translations(&mut self, cpu: &PerCpu) -> u32 {
         self.flush = false;
+        self.counts.tlb_flushes += 1;
         let by_asid = self.svm.caps.features.contains(Features::FLUSH_BY_ASID);
         if by_asid && cpu.asids.is_current(self.asid) {
             return tlb_control::FLUSH_ASID;
@@ -261,10 +267,58 @@ impl<C: Cpu> Vcpu<C> {
         self.vmcb.set_intercept1(wanted);
     }
 
+    /// The switch to the guest and back.
+    #[inline(always)]
+    fn switch(&mut self, cpu: &PerCpu, regs: &mut Gprs) {
+        cpu.make_resident(self.svm.cpu, self.vmcb.mpa());
+        self.vmcb.rax.set(regs.rax);
+        self.vmcb.rsp.set(regs.rsp);
+        let features = self.svm.caps.features;
+        self.vmcb.publish(features.contains(Features::VMCB_CLEAN));
+        self.svm.cpu.run(self.vmcb.mpa(), regs);
+        regs.rax = self.vmcb.rax.get();
+        regs.rsp = self.vmcb.rsp.get();
+    }
+
+    /// [`HwVcpu::enter`] in all cases.
+    #[inline(never)]
+    fn enter_as_it_is(&mut self, cpu: &PerCpu, regs: &mut Gprs) -> Exit {
+        if let Some(check) = self.refused {
+            return Exit::EntryFailed {
+                vendor_code: exit::code::INVALID,
+                check,
+            };
+        }
+        // Ends: after the first exit of either kind its intercept is off until the policy or
+        // `unload` comes in between, and an injection is cut short once.
+        let exit = loop {
+            match self.run(cpu, regs) {
+                Cause::Policy(exit) => break exit,
+                cause => self.take_care(cause),
+            }
+        };
+        self.rare = self.flush
+            || self.nmi_waits
+            || self.nmi != NmiState::Open
+            || self.refused.is_some();
+        exit
+    }
+
+    /// Deals with an exit that is not the policy's.
+    #[cold]
+    fn take_care(&mut self, cause: Cause) {
+        match cause {
+            Cause::DebugRegister => self.take_debug_registers(),
+            Cause::Iret => self.let_return(),
+            // If an interrupt is really pending, that ends the next run.
+            Cause::Injected | Cause::Policy(_) => {}
+        }
+        self.counts.hidden_exits += 1;
+    }
+
     /// One VMRUN.
     #[inline]
     fn run(&mut self, cpu: &PerCpu, regs: &mut Gprs) -> Cause {
-        let caps = &self.svm.caps;
         if self.nmi_waits {
             self.settle_nmi();
         }
@@ -275,26 +329,18 @@ impl<C: Cpu> Vcpu<C> {
         } else {
             tlb_control::NOTHING
         };
-        cpu.make_resident(self.svm.cpu, self.vmcb.mpa());
-
         let injected = self.vmcb.event_inj.get();
         let rip_before = self.vmcb.rip.get();
         if injected != 0 && inject::is_soft(injected) {
             // The return address of a soft event; ignored by processors without NRIP save.
             self.vmcb.next_rip.set(rip_before);
         }
-        if inject::is_interrupt(injected) {
-            self.svm.host.injecting();
+        let cut_short = inject::is_interrupt(injected) && self.svm.host.injecting();
+        self.switch(cpu, regs);
+
+        if cut_short {
+            self.svm.host.injected();
         }
-        self.vmcb.rax.set(regs.rax);
-        self.vmcb.rsp.set(regs.rsp);
-        self.vmcb
-            .publish(caps.features.contains(Features::VMCB_CLEAN));
-
-        self.svm.cpu.run(self.vmcb.mpa(), regs);
-
-        regs.rax = self.vmcb.rax.get();
-        regs.rsp = self.vmcb.rsp.get();
         let code = self.vmcb.exit_code.get();
         let rip = self.vmcb.rip.get();
         if flush != tlb_control::NOTHING {
@@ -312,6 +358,9 @@ impl<C: Cpu> Vcpu<C> {
                 self.nmi = NmiState::Open;
             }
         }
+        if cut_short && code == exit::code::INTR {
+            return Cause::Injected;
+        }
         exit::decode(code, self)
     }
 
@@ -319,7 +368,7 @@ impl<C: Cpu> Vcpu<C> {
     #[cold]
     fn after_refusal(&mut self, cpu: &PerCpu) {
         self.vmcb.dirty_all();
-        self.flush = true;
+        (self.flush, self.rare) = (true, true);
         self.asid = Asid::default();
         cpu.asids.exhaust();
     }
@@ -344,7 +393,9 @@ impl<C: Cpu> Vcpu<C> {
     fn inject_word(&mut self, e: Event) {
         match inject::encode(e) {
             Some(word) => self.vmcb.event_inj.set(word),
-            None => self.refused = Some("event that the processor refuses"),
+            None => {
+                (self.refused, self.rare) = (Some("event that the processor refuses"), true);
+            }
         }
     }
 }
@@ -391,7 +442,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             self.last = Some(id);
         }
         if !cpu.asids.is_current(self.asid) {
-            self.flush = true;
+            (self.flush, self.rare) = (true, true);
         }
         cpu.load(self.svm.cpu);
         self.on = Some(cpu);
@@ -442,21 +493,33 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                 check: "vCPU not loaded",
             };
         };
-        if let Some(check) = self.refused {
-            return Exit::EntryFailed {
-                vendor_code: exit::code::INVALID,
-                check,
-            };
+        if self.rare || self.vmcb.event_inj.get() != 0 {
+            return self.enter_as_it_is(cpu, regs);
         }
-        // Ends: after the first exit of either kind its intercept is off until the policy or
-        // `unload` comes in between.
-        loop {
-            match self.run(cpu, regs) {
-                Cause::Policy(exit) => return exit,
-                Cause::DebugRegister => self.take_debug_registers(),
-                Cause::Iret => self.let_return(),
+        // What follows is `run` where nothing is to be injected or flushed and no NMI matters.
+        self.switch(cpu, regs);
+        let interrupted = self.vmcb.exit_int_info.get();
+        let code = self.vmcb.exit_code.get();
+        if interrupted & inject::VALID != 0 && !exit::is_refusal(code) {
+            let again = inject::after_exit(interrupted, 0, 0, 0);
+            self.vmcb.event_inj.set(again);
+        }
+        match exit::decode(code, self) {
+            Cause::Policy(exit) => {
+                if matches!(exit, Exit::EntryFailed { .. }) {
+                    self.after_refusal(cpu);
+                }
+                exit
+            }
+            cause => {
+                self.take_care(cause);
+                self.enter_as_it_is(cpu, regs)
             }
         }
+    }
+
+    fn take_counts(&mut self) -> HwCounts {
+        core::mem::take(&mut self.counts)
     }
 
     fn state(&self) -> ArchState {
@@ -493,6 +556,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     fn set_state(&mut self, s: &ArchState) {
         self.evict();
         self.refused = state::validate(s, &self.svm.caps).err();
+        self.rare = true;
         let v = &mut self.vmcb;
         v.rip.set(s.rip);
         v.rflags.set(state::rflags(s.rflags));
@@ -521,7 +585,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         v.int_state.set(if s.shadow { INT_SHADOW } else { 0 });
         v.event_inj.set(0);
         self.forget_nmis();
-        self.flush = true;
+        (self.flush, self.rare) = (true, true);
         if self.on.is_some() && s.dr7 & DR7_ENABLES != 0 {
             self.take_debug_registers();
         }
@@ -560,7 +624,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
 
     fn set_cr(&mut self, n: u8, v: u64) {
         if state::flushes(n, self.cr(n), v) {
-            self.flush = true;
+            (self.flush, self.rare) = (true, true);
         }
         match n {
             0 => {
@@ -584,7 +648,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         let new = state::efer(v, self.vmcb.cr0.get()) | EFER_SVME;
         if new != self.vmcb.efer.get() {
             self.vmcb.set_efer(new);
-            self.flush = true;
+            (self.flush, self.rare) = (true, true);
         }
     }
 
@@ -639,7 +703,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                 let fits = state::pat_is_valid(value);
                 if fits {
                     self.vmcb.set_g_pat(value);
-                    self.flush = true;
+                    (self.flush, self.rare) = (true, true);
                 }
                 return fits;
             }
@@ -680,7 +744,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     fn inject(&mut self, e: Event) {
         match e {
             Event::Nmi => {
-                self.nmi_waits = true;
+                (self.nmi_waits, self.rare) = (true, true);
                 self.settle_nmi();
             }
             _ => self.inject_word(e),
@@ -724,7 +788,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     }
 
     fn flush_tlb(&mut self) {
-        self.flush = true;
+        (self.flush, self.rare) = (true, true);
     }
 
     fn xcr0(&self) -> u64 {

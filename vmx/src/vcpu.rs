@@ -24,7 +24,7 @@ use core::fmt;
 
 use galvan_base::exit::Exit;
 use galvan_base::fpu::{self, FpuArea};
-use galvan_base::hw::{Exhausted, HwVcpu, VcpuConfig};
+use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, VcpuConfig};
 use galvan_base::page::{Pages, Words};
 use galvan_base::state::{
     ArchState, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME,
@@ -120,6 +120,7 @@ pub struct Vcpu<C: Cpu = Real> {
     tsc_aux: u32,
     /// Why the state or event that was set cannot be run.
     refused: Option<&'static str>,
+    counts: HwCounts,
 }
 
 impl<C: Cpu> Vcpu<C> {
@@ -149,6 +150,7 @@ impl<C: Cpu> Vcpu<C> {
             xcr0: 1,
             tsc_aux: 0,
             refused: None,
+            counts: HwCounts::default(),
         };
         v.vmcs
             .set(Field::PRIMARY, u64::from(vmx.caps.controls.primary));
@@ -313,6 +315,7 @@ impl<C: Cpu> Vcpu<C> {
     fn settle_translations(&mut self) {
         let caps = &self.vmx.caps;
         let c = self.vmx.cpu;
+        self.counts.tlb_flushes += 1;
         match core::mem::replace(&mut self.stale, Stale::Nothing) {
             Stale::Nothing => {}
             Stale::Tables if caps.invept_single => c.invept(Scope::Single(self.eptp())),
@@ -818,7 +821,12 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                     };
                 }
             }
+            self.counts.hidden_exits += 1;
         }
+    }
+
+    fn take_counts(&mut self) -> HwCounts {
+        core::mem::take(&mut self.counts)
     }
 
     fn state(&self) -> ArchState {

@@ -3,7 +3,7 @@
 use alloc::string::{String, ToString};
 use core::panic::PanicInfo;
 use core::ptr;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_boot::config::{self, Config, Entry, Lookup};
 use galvan_boot::cpu;
@@ -18,6 +18,7 @@ use uefi::proto::loaded_image::LoadedImage;
 use uefi::runtime::{self, ResetType};
 use uefi::{Status, println};
 
+use crate::edge;
 use crate::edge::enter::{GDT, State};
 use crate::edge::processor::ThisProcessor;
 use crate::failure::Failure;
@@ -35,8 +36,12 @@ static IMAGE: &[u8] = include_bytes!(env!(
 /// Bytes of stack the hypervisor is entered on.
 const STACK: usize = 64 << 10;
 
+/// The time stamp counter when this program was entered.
+static ENTRY_TSC: AtomicU64 = AtomicU64::new(0);
+
 /// Starts the hypervisor, or says why not.
 pub fn main() -> Status {
+    ENTRY_TSC.store(edge::tsc(), Ordering::Relaxed);
     match run() {
         Ok(()) => Status::SUCCESS,
         Err(failure) => {
@@ -234,6 +239,7 @@ fn start(origin: &mut Origin, options: &LoadOptions<'_>, choice: &Choice) -> Res
     let stack = Pages::new(STACK, "the stack")?;
     let tables = Tables::find();
     let mut info = BootInfo::new(LoaderKind::UEFI);
+    info.entry_tsc = ENTRY_TSC.load(Ordering::Relaxed);
     info.rsdp = tables.rsdp;
     info.smbios = tables.smbios;
     info.efi_system_table = tables.system_table;

@@ -13,6 +13,7 @@ use galvan_boot::memory_map::{Full, MapBuilder, NoRoom, capacity};
 use galvan_boot::paging::{Layout, MapError};
 
 use crate::console::{self, say};
+use crate::edge;
 use crate::edge::enter::{GDT, State, enter};
 use crate::edge::processor::ThisProcessor;
 use crate::memory::{Block, Kept, Left, TOP, TableFrames};
@@ -39,6 +40,7 @@ pub fn main(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> ! {
 }
 
 fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infallible, Failure> {
+    let entry_tsc = edge::tsc();
     say(format_args!("Galvan {}", env!("CARGO_PKG_VERSION")));
     say(cpu::check(&ThisProcessor)?.name());
 
@@ -81,6 +83,7 @@ fn run(magic: u32, info: u32, own: PhysRange, stack: PhysRange) -> Result<Infall
 
     let mut keep = |bytes: &[u8]| kept.arena.put(bytes).ok_or(Failure::LongTexts);
     let mut info = BootInfo::new(handed.loader);
+    info.entry_tsc = entry_tsc;
     info.cmdline = keep(handed.cmdline)?;
     info.dom0_kernel = Module {
         data: kernel.data,

@@ -71,6 +71,12 @@ fn logical(id: u32) -> Destination {
 
 // ---- priorities, EOI
 
+fn sync(a: &mut Vlapic, taken: [u64; 4], level: [u64; 4]) {
+    for (n, (t, l)) in taken.into_iter().zip(level).enumerate() {
+        a.sync_posted(n, t, l);
+    }
+}
+
 #[test]
 fn higher_class_preempts_and_same_class_waits_for_eoi() {
     let mut a = x2apic(0);
@@ -148,7 +154,7 @@ fn interrupt_arriving_while_in_service_stays_pending() {
 fn posted_interrupts_enter_with_their_trigger_modes() {
     let mut a = x2apic(0);
     a.post(0x30, true);
-    a.sync_posted([0xffff | 1 << 0x30, 1, 0, 1 << 63], [0, 1, 0, 0]);
+    sync(&mut a, [0xffff | 1 << 0x30, 1, 0, 1 << 63], [0, 1, 0, 0]);
     for (vector, eoi) in [(0xff, None), (0x40, Some(0x40)), (0x30, None)] {
         assert_eq!(a.take(), Some(vector));
         assert_eq!(a.eoi(), eoi, "{vector:#x}");
@@ -162,7 +168,7 @@ fn software_disabled_apic_accepts_nothing_and_keeps_what_it_has() {
     a.post(0x40, false);
     assert_eq!(a.wr(reg::SVR, 0xff), Ok(Effect::Reconfigured));
     assert!(!a.post(0x50, false));
-    a.sync_posted([0, 0, 1, 0], [0; 4]);
+    sync(&mut a, [0, 0, 1, 0], [0; 4]);
     assert_eq!(a.take(), Some(0x40));
     assert_eq!(a.take(), None);
     assert!(!a.address().accepts_vectors());
@@ -218,7 +224,7 @@ proptest! {
                     // Sparse, or everything is always pending.
                     let keep = |i: usize| t[i] & t[(i + 1) % 4] & l[(i + 2) % 4] & l[i];
                     let taken = core::array::from_fn(keep);
-                    a.sync_posted(taken, l);
+                    sync(&mut a, taken, l);
                     for v in 16..=255u8 {
                         if taken[usize::from(v) / 64] >> (v % 64) & 1 != 0 {
                             irr.insert(v);

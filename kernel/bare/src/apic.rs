@@ -39,6 +39,7 @@ const DELIVERY_INIT: u32 = 5 << 8;
 const DELIVERY_STARTUP: u32 = 6 << 8;
 const ASSERT: u32 = 1 << 14;
 const LEVEL: u32 = 1 << 15;
+const SELF: u32 = 1 << 18;
 const ALL_BUT_SELF: u32 = 3 << 18;
 const PENDING: u32 = 1 << 12;
 const LVT_TSC_DEADLINE: u32 = 2 << 17;
@@ -47,6 +48,9 @@ const LVT_TSC_DEADLINE: u32 = 2 << 17;
 pub const VECTOR_TIMER: u8 = 0xfe;
 /// Vector that makes a CPU look around.
 pub const VECTOR_KICK: u8 = 0xfd;
+/// Vector of an interrupt that is always pending and never taken, where one is needed: see
+/// [`show_held_interrupt`]. Others have higher priority.
+const VECTOR_HELD: u8 = 0x2f;
 /// Vector of spurious interrupts.
 pub const VECTOR_SPURIOUS: u8 = 0xff;
 
@@ -114,7 +118,7 @@ pub fn init_this_cpu() {
         }
     }
     write(SVR, 1 << 8 | u32::from(VECTOR_SPURIOUS));
-    write(TPR, 0);
+    write(TPR, priority());
     write(LVT_TIMER, MASKED);
     write(LVT_THERMAL, MASKED);
     write(LVT_PERF, MASKED);
@@ -124,6 +128,34 @@ pub fn init_this_cpu() {
     write(ESR, 0);
     write(EOI, 0);
     write(TIMER_DIVIDE, 0b0011);
+    if crate::cpu::is_tcg() {
+        send(0, SELF | ASSERT | u32::from(VECTOR_HELD));
+    }
+}
+
+/// The task priority at which the host runs: the held interrupt, where there is one, is below it.
+fn priority() -> u32 {
+    if crate::cpu::is_tcg() { u32::from(VECTOR_HELD & 0xf0) } else { 0 }
+}
+
+/// Lets the interrupt that [`init_this_cpu`] has made pending, on TCG, be seen, so that a guest's
+/// run ends at once. To be hidden again before interrupts are taken.
+#[inline]
+pub fn show_held_interrupt() {
+    set_priority_class(0);
+}
+
+/// Ends that.
+#[inline]
+pub fn hide_held_interrupt() {
+    set_priority_class(u64::from(VECTOR_HELD >> 4));
+}
+
+/// Sets the task priority by CR8, bits 4 to 7 of the register, in either mode of the APIC.
+#[inline]
+fn set_priority_class(class: u64) {
+    // SAFETY: decides only about which interrupts wait.
+    unsafe { core::arch::asm!("mov cr8, {}", in(reg) class, options(nostack, preserves_flags)) };
 }
 
 /// Ends the interrupt being handled.
@@ -154,12 +186,7 @@ pub fn kick(apic_id: u32) {
 
 /// Has the local APIC look for interrupts to deliver, which changes nothing on a processor.
 pub fn look_again() {
-    write(TPR, 0);
-}
-
-/// Makes the interrupt of [`kick`] pending on the calling CPU.
-pub fn kick_self() {
-    send(crate::smp::apic_id(crate::percpu::this().id).unwrap_or(0), ASSERT | u32::from(VECTOR_KICK));
+    write(TPR, priority());
 }
 
 /// Resets a CPU and lets it wait for [`startup`].

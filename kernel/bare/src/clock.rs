@@ -55,22 +55,25 @@ fn by_pm_timer(port: u16) -> Option<u64> {
     if (0..10_000).all(|_| now() == first) {
         return None;
     }
-    let mut best = 0;
-    // The best of three: a measurement can only be stretched by what disturbs it at its ends.
-    for _ in 0..3 {
-        let (t0, p0) = (rdtsc(), now());
-        const SPAN: u32 = (PM_TIMER_HZ / 50) as u32;
-        let p1 = loop {
-            let p = now();
+    // Time is taken right after either reading of the timer, so that how long a reading takes does
+    // not matter. Of three measurements the middle one: what disturbs one at its beginning makes it
+    // too short, at its end too long.
+    let mut all = [0; 3];
+    for khz in &mut all {
+        let (p0, t0) = (now(), rdtsc());
+        const SPAN: u32 = (PM_TIMER_HZ / 100) as u32;
+        let (p1, t1) = loop {
+            let (p, t) = (now(), rdtsc());
             if p.wrapping_sub(p0) & 0xff_ffff >= SPAN {
-                break p;
+                break (p, t);
             }
         };
         let ticks = u64::from(p1.wrapping_sub(p0) & 0xff_ffff);
-        let khz = (rdtsc() - t0) * PM_TIMER_HZ / ticks / 1000;
-        best = if best == 0 { khz } else { best.min(khz) };
+        *khz = (t1 - t0) * PM_TIMER_HZ / ticks / 1000;
     }
-    Some(best)
+    all.sort_unstable();
+    let [_, middle, _] = all;
+    Some(middle)
 }
 
 fn by_pit() -> Option<u64> {

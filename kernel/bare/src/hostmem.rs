@@ -5,7 +5,6 @@
 //! is RAM; anything else is refused.
 
 use core::arch::asm;
-use core::cell::Cell;
 use core::ptr::null_mut;
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, Ordering};
 
@@ -35,6 +34,12 @@ pub fn init(top: u64, ranges: impl Iterator<Item = (u64, u64)>) {
     }
     RAM.store(map.as_ptr().cast_mut().cast(), Ordering::Relaxed);
     FRAMES.store(words as u64 * 64, Ordering::Release);
+    let base = crate::paging::direct_ptr(Mpa::new_truncate(0)).expose_provenance();
+    // SAFETY: as above; nobody writes the words any more. The direct map of RAM stays, and what
+    // guests and devices write there is reached by atomics and string instructions alone.
+    unsafe {
+        galvan_base::direct::open(base, core::slice::from_raw_parts(map.as_ptr().cast(), words));
+    }
 }
 
 /// Whether the frame is RAM.
@@ -139,26 +144,6 @@ macro_rules! atomic {
 atomic!(a64, AtomicU64, 8);
 atomic!(a32, AtomicU32, 4);
 atomic!(a8, AtomicU8, 1);
-
-/// See [`galvan_base::hw::HostMem::all_equal`].
-pub fn all_equal(words: &[Cell<(Mpa, u64)>]) -> bool {
-    let (frames, ram) = (FRAMES.load(Ordering::Acquire), RAM.load(Ordering::Relaxed));
-    words.iter().all(|w| {
-        let (at, v) = w.get();
-        let (a, f) = (at.get(), at.frame().get());
-        if a % 8 != 0 || f >= frames {
-            return false;
-        }
-        // SAFETY: as in `is_ram`.
-        let word = unsafe { ram.add((f / 64) as usize).read() };
-        if word & 1 << (f % 64) == 0 {
-            return false;
-        }
-        // SAFETY: aligned, and mapped RAM as in `a64`.
-        let cell = unsafe { &*crate::paging::direct_ptr(at).cast::<AtomicU64>() };
-        cell.load(Ordering::Acquire) == v
-    })
-}
 
 macro_rules! forward {
     ($(#[$m:meta])* $name:ident($cell:ident, $($arg:ident: $t:ty),*) -> $r:ty, |$a:ident| $body:expr) => {

@@ -3,7 +3,6 @@
 
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-use core::cell::Cell;
 use core::fmt;
 use core::ptr::NonNull;
 use core::sync::atomic::{Ordering};
@@ -195,9 +194,6 @@ impl HostMem for Machine {
     }
     fn swap_u8(&self, m: Mfn, off: usize, v: u8) -> Result<u8, MemFault> {
         crate::hostmem::swap_u8(m, off, v)
-    }
-    fn all_equal(&self, words: &[Cell<(Mpa, u64)>]) -> bool {
-        crate::hostmem::all_equal(words)
     }
 }
 

@@ -63,6 +63,7 @@ pub fn acpi() -> Option<&'static HostAcpi<'static>> {
 /// The entry point of the image.
 #[unsafe(no_mangle)]
 extern "C" fn _start(info: *const BootInfo) -> ! {
+    let entered = crate::cpu::rdtsc();
     crate::serial::init(crate::serial::COM1, 115_200);
     crate::logger::init(log::LevelFilter::Debug);
     // SAFETY: the loader passes a pointer to its hand-over; it is checked before use.
@@ -74,6 +75,7 @@ extern "C" fn _start(info: *const BootInfo) -> ! {
     crate::panic::set_symbols(bytes(info.symbols));
     log::info!("Galvan {} (loaded by {} at {:#x})", env!("CARGO_PKG_VERSION"), info.loader.name(), info.image.phys.start);
 
+    log::debug!("TSC {} at the loader's entry, {entered} at this image's", info.entry_tsc);
     crate::bootmem::init(memory_map().iter());
     crate::paging::init(info, memory_map().iter());
     crate::heap::init();

@@ -186,10 +186,16 @@ impl galvan_svm::Host for Machine {
     /// and does not take the note back before the next #VMEXIT. If another processor's turn comes
     /// before that, the note is delivered as an exception, whatever RFLAGS.IF says; Linux dies of it
     /// in its entry code. So the exit is brought about at once.
-    fn injecting(&self) {
-        if crate::cpu::is_tcg() {
-            crate::apic::kick_self();
+    fn injecting(&self) -> bool {
+        let tcg = crate::cpu::is_tcg();
+        if tcg {
+            crate::apic::show_held_interrupt();
         }
+        tcg
+    }
+
+    fn injected(&self) {
+        crate::apic::hide_held_interrupt();
     }
 }
 

@@ -10,7 +10,6 @@
 //! loop calls with no lock held but that of the vCPU it runs. So no lock needs an interrupt-disabling variant.
 
 use alloc::boxed::Box;
-use core::cell::Cell;
 use core::fmt::{self, Debug};
 
 use crate::exit::Exit;
@@ -72,13 +71,6 @@ pub trait HostMem: Sync {
     fn and_u32(&self, m: Mfn, off: usize, mask: u32) -> Result<u32, MemFault>;
     /// Swaps a byte; gives the value before (SeqCst).
     fn swap_u8(&self, m: Mfn, off: usize, v: u8) -> Result<u8, MemFault>;
-    /// Whether each of these aligned u64 has this value.
-    fn all_equal(&self, words: &[Cell<(Mpa, u64)>]) -> bool {
-        words.iter().all(|w| {
-            let (at, v) = w.get();
-            self.load_u64(at.frame(), at.offset()) == Ok(v)
-        })
-    }
 }
 
 /// Conversion from TSC ticks to nanoseconds as pvclock expresses it:
@@ -396,6 +388,15 @@ pub trait Platform: HostMem + Debug {
     fn power_off(&self) -> !;
 }
 
+/// What a [`HwVcpu`] counts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HwCounts {
+    /// Exits that its own part has dealt with, so that the policy has not seen them.
+    pub hidden_exits: u64,
+    /// Flushes of the TLB, and fresh tags taken in their place.
+    pub tlb_flushes: u64,
+}
+
 /// One virtual processor of the vendor in use, owned by the vCPU that it runs.
 ///
 /// Only the CPU on which it is loaded may use a loaded one: the owner sees to that by holding the
@@ -409,6 +410,11 @@ pub trait HwVcpu: Send + Debug {
     /// Runs the guest until its next exit. Called loaded, with interrupts disabled. An event whose
     /// delivery the exit interrupted is kept and injected again at the next entry.
     fn enter(&mut self, regs: &mut Gprs) -> Exit;
+
+    /// What it has counted since this was called last.
+    fn take_counts(&mut self) -> HwCounts {
+        HwCounts::default()
+    }
 
     /// The architectural state; loaded or not.
     fn state(&self) -> ArchState;

@@ -5,7 +5,7 @@
 //! (`svm`, `vmx`) and the policy (`kernel`) meet only through the traits of [`hw`]: the vendor
 //! extracts facts from an exit, the policy decides what they mean.
 //!
-//! The only `unsafe` of this crate is in [`page`].
+//! The only `unsafe` of this crate is in [`page`] and [`direct`].
 #![no_std]
 #![deny(unsafe_code)]
 
@@ -14,6 +14,7 @@ extern crate alloc;
 extern crate std;
 
 pub mod addr;
+pub mod direct;
 pub mod exit;
 pub mod fpu;
 pub mod hw;

@@ -185,7 +185,12 @@ fn deliver(hv: Hv, d: &Domain, port: u32) {
             }
         }
     };
-    announce(hv, d, port, raised);
+    // Masked, or pending before: most that come here need not be told of.
+    if raised.tell.is_some() {
+        announce(hv, d, port, raised);
+    } else if raised.new {
+        poll::wake(hv, d, port);
+    }
 }
 
 /// Tells vCPUs what has been raised.

@@ -56,7 +56,7 @@ fn place(vcpu: u32) -> (usize, u64) {
 }
 
 /// `port` of `d` has become pending: wakes those that wait for it.
-#[inline]
+#[inline(always)]
 pub(super) fn wake(hv: Hv, d: &Domain, port: u32) {
     for (n, word) in d.evtchn.polling.iter().enumerate() {
         let mut bits = word.load(Ordering::SeqCst);
@@ -67,6 +67,7 @@ pub(super) fn wake(hv: Hv, d: &Domain, port: u32) {
     }
 }
 
+#[cold]
 fn wake_one(hv: Hv, d: &Domain, vcpu: u32, port: u32) {
     let Some(v) = d.vcpu(vcpu) else { return };
     let tag = v.poll_port.load(Ordering::SeqCst);

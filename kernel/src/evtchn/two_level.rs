@@ -6,7 +6,7 @@
 
 use core::mem::offset_of;
 
-use galvan_base::Mfn;
+use galvan_base::{Mfn, direct};
 use galvan_base::hw::HostMem;
 use galvan_dom0_proto::event_channel::EVTCHN_2L_NR_CHANNELS;
 use galvan_dom0_proto::xen::{SharedInfo, VcpuInfo};
@@ -30,10 +30,10 @@ const fn place(port: u32) -> (usize, u64) {
 pub(super) fn raise(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> Raised {
     let (word, bit) = place(port);
     let m = d.shared_info;
-    let Ok(before) = mem.or_u64(m, PENDING + word, bit) else {
+    let Ok(before) = direct::or_u64(mem, m, PENDING + word, bit) else {
         return Raised::NOTHING;
     };
-    let masked = mem.load_u64(m, MASK + word).is_ok_and(|w| w & bit != 0);
+    let masked = direct::load_u64(mem, m, MASK + word).is_ok_and(|w| w & bit != 0);
     let tell = before & bit == 0 && !masked && select(mem, d, port, vcpu);
     Raised {
         new: before & bit == 0,
@@ -45,7 +45,7 @@ pub(super) fn raise(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> Rais
 pub(super) fn unmask(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> Raised {
     let (word, bit) = place(port);
     let m = d.shared_info;
-    let pending = mem.and_u64(m, MASK + word, !bit).is_ok() && is_pending(mem, d, port);
+    let pending = direct::and_u64(mem, m, MASK + word, !bit).is_ok() && is_pending(mem, d, port);
     let tell = pending && select(mem, d, port, vcpu);
     Raised {
         new: false,
@@ -60,27 +60,26 @@ fn select(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> bool {
         return false;
     };
     let bit = 1 << (port % PORTS / 64);
-    mem.or_u64(m, off + SEL, bit).is_ok_and(|w| w & bit == 0)
+    direct::or_u64(mem, m, off + SEL, bit).is_ok_and(|w| w & bit == 0)
 }
 
 /// Whether a port is pending.
 pub(super) fn is_pending(mem: &dyn HostMem, d: &Domain, port: u32) -> bool {
     let (word, bit) = place(port);
-    mem.load_u64(d.shared_info, PENDING + word)
+    direct::load_u64(mem, d.shared_info, PENDING + word)
         .is_ok_and(|w| w & bit != 0)
 }
 
 /// Takes back a pending event.
 pub(super) fn clear_pending(mem: &dyn HostMem, d: &Domain, port: u32) {
     let (word, bit) = place(port);
-    let _ = mem.and_u64(d.shared_info, PENDING + word, !bit);
+    let _ = direct::and_u64(mem, d.shared_info, PENDING + word, !bit);
 }
 
 /// Takes back all pending events; calls `f` with the port of each.
 pub(super) fn take_pending(mem: &dyn HostMem, shared_info: Mfn, mut f: impl FnMut(u32)) {
     for word in 0..PORTS / 64 {
-        let mut bits = mem
-            .and_u64(shared_info, PENDING + word as usize * 8, 0)
+        let mut bits = direct::and_u64(mem, shared_info, PENDING + word as usize * 8, 0)
             .unwrap_or(0);
         while bits != 0 {
             f(word * 64 + bits.trailing_zeros());

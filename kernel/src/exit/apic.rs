@@ -36,9 +36,10 @@ pub fn rdmsr(cx: &mut Cx<'_>, index: u32) -> Result<u64, Gp> {
     st.lapic.rdmsr(index, || now(hw, offset))
 }
 
-/// WRMSR of the APIC's registers.
+/// WRMSR of the APIC's registers. True if what decides about the next entry is as it was: the end of
+/// an interrupt behind which none waits.
 #[inline]
-pub fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> Result<(), Gp> {
+pub fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> Result<bool, Gp> {
     let (hw, offset) = (cx.hv.hw, cx.st.tsc_offset);
     // The two that matter leave the TPR alone.
     let priority = !matches!(index, EOI | ICR);
@@ -49,8 +50,11 @@ pub fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> Result<(), Gp> {
     if priority {
         cx.st.hw.set_tpr(cx.st.lapic.cr8());
     }
+    if index == EOI && matches!(effect, Effect::None) {
+        return Ok(cx.st.lapic.highest_pending().is_none());
+    }
     apply_lapic_effect(cx, effect);
-    Ok(())
+    Ok(false)
 }
 
 /// Whether accesses to this guest physical page go to the APIC.

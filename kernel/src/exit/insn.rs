@@ -9,6 +9,7 @@
 use core::cell::Cell;
 
 use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
+use galvan_base::direct::KnownWord;
 use galvan_base::{Gpa, Mpa, PAGE_SIZE, Platform};
 
 use super::Next;
@@ -71,27 +72,18 @@ struct Slot {
     len: u8,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Word {
-    at: Mpa,
+    at: KnownWord,
     mask: u64,
     bytes: u64,
-}
-
-impl Default for Word {
-    fn default() -> Self {
-        Word {
-            at: Mpa::new_truncate(0),
-            mask: 0,
-            bytes: 0,
-        }
-    }
 }
 
 impl Word {
     #[inline(always)]
     fn is_there(&self, hw: &dyn Platform) -> bool {
-        hw.load_u64(self.at.frame(), self.at.offset())
+        self.at
+            .load(hw)
             .is_ok_and(|w| w & self.mask == self.bytes)
     }
 }
@@ -194,7 +186,7 @@ fn words(frame: Mpa, offset: usize, bytes: [u8; CACHED_LEN], len: u8) -> [Word; 
     let bytes = u128::from(u32::from_le_bytes(bytes)) << shift & mask;
     let at = frame.get() + (offset & !7) as u64;
     [0u32, 64].map(|n| Word {
-        at: Mpa::new_truncate(at + u64::from(n) / 8),
+        at: KnownWord::new(Mpa::new_truncate(at + u64::from(n) / 8)),
         mask: (mask >> n) as u64,
         bytes: (bytes >> n) as u64,
     })

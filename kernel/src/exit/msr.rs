@@ -48,13 +48,20 @@ pub fn write(cx: &mut Cx<'_>, len: u8) -> Next {
     };
     let r = &cx.st.regs;
     let (index, value) = (r.rcx as u32, r.rdx << 32 | r.rax & 0xffff_ffff);
-    if wrmsr(cx, index, value) {
-        insn::advance(cx, len);
-    } else {
-        if cx.dom.may_log_unknown(cx.hv, "wrmsr", index.into()) {
-            log::info!("{:?}: wrmsr {index:#x} of {value:#x} faults", cx.vcpu);
+    // The end of an interrupt, most often.
+    let done = match index {
+        MSR_X2APIC..=MSR_X2APIC_LAST => apic::wrmsr(cx, index, value).ok(),
+        _ => wrmsr(cx, index, value).then_some(false),
+    };
+    match done {
+        Some(true) => return insn::advance_quietly(cx, len),
+        Some(false) => insn::advance(cx, len),
+        None => {
+            if cx.dom.may_log_unknown(cx.hv, "wrmsr", index.into()) {
+                log::info!("{:?}: wrmsr {index:#x} of {value:#x} faults", cx.vcpu);
+            }
+            insn::inject(cx, Event::GP);
         }
-        insn::inject(cx, Event::GP);
     }
     Next::Resume
 }
@@ -101,9 +108,7 @@ fn rdmsr(cx: &mut Cx<'_>, index: u32) -> Option<u64> {
 /// The guest writes; false for #GP.
 fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> bool {
     match index {
-        MSR_X2APIC..=MSR_X2APIC_LAST | MSR_APIC_BASE | MSR_TSC_DEADLINE => {
-            apic::wrmsr(cx, index, value).is_ok()
-        }
+        MSR_APIC_BASE | MSR_TSC_DEADLINE => apic::wrmsr(cx, index, value).is_ok(),
         EFER => write_efer(cx, value),
         TSC => {
             let by = value

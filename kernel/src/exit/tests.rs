@@ -673,6 +673,28 @@ fn init_lowers_the_task_priority() {
 }
 
 #[test]
+fn the_end_of_an_interrupt_is_quiet_unless_another_waits_behind_it() {
+    let s = Setting::new();
+    s.w.with_cx(1, 0, |cx| {
+        apic::wrmsr(cx, APIC_BASE, 0xfee0_0d00).unwrap();
+        apic::wrmsr(cx, 0x80f, 0x1ff).unwrap();
+        for vector in [0x41, 0x51] {
+            cx.st.lapic.post(vector, false);
+        }
+        cx.st.lapic.accept(0x51);
+        assert_eq!(apic::wrmsr(cx, X2_EOI, 0), Ok(false), "0x41 can be taken now");
+        cx.st.lapic.accept(0x41);
+        assert_eq!(apic::wrmsr(cx, X2_EOI, 0), Ok(true));
+        // One that the task priority holds back was not taken before either.
+        cx.st.lapic.post(0x61, false);
+        cx.st.lapic.accept(0x61);
+        apic::wrmsr(cx, X2_TPR, 0x50).unwrap();
+        cx.st.lapic.post(0x41, false);
+        assert_eq!(apic::wrmsr(cx, X2_EOI, 0), Ok(true));
+    });
+}
+
+#[test]
 fn the_end_of_a_level_interrupt_reaches_the_machine() {
     let s = Setting::new();
     let w = &s.w;

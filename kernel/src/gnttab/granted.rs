@@ -7,7 +7,7 @@
 use alloc::vec::Vec;
 
 use galvan_base::hw::HostMem;
-use galvan_base::{Gfn, Mfn};
+use galvan_base::{Gfn, Mfn, direct};
 use galvan_dom0_proto::errno::GntStatus;
 use galvan_dom0_proto::grant_table::{
     GRANT_ENTRIES_V1_PER_FRAME, GTF_PERMIT_ACCESS, GTF_READING, GTF_READONLY, GTF_TYPE_MASK,
@@ -175,15 +175,17 @@ impl Granted {
             return Err(GntStatus::BAD_DOMAIN);
         }
         let i = gref as usize;
-        let (Some((m, off)), Some(users)) = (self.table.place(i), self.users.get(hv.hw, i)) else {
+        let (Some((m, off)), Some((um, uoff))) = (self.table.place(i), self.users.place(i)) else {
             return Err(GntStatus::BAD_GNTREF);
         };
+        let users = direct::load_u64(hv.hw, um, uoff).map_err(|_| GntStatus::GENERAL_ERROR)?;
         let users = Users(users);
         let more = users.plus(want).ok_or(GntStatus::GENERAL_ERROR)?;
         let entry = claim(hv.hw, m, off, who, want, more.flags())?;
         match granted_page(d, entry.gfn(), want) {
             Ok(page) => {
-                self.users.set(hv.hw, i, more.0);
+                let set = direct::store_u64(hv.hw, um, uoff, more.0);
+                debug_assert!(set.is_ok());
                 self.in_use += 1;
                 Ok(page)
             }
@@ -202,15 +204,17 @@ impl Granted {
             return None;
         }
         let i = gref as usize;
-        let ((m, off), users) = (self.table.place(i)?, self.users.get(hv.hw, i)?);
+        let ((m, off), (um, uoff)) = (self.table.place(i)?, self.users.place(i)?);
+        let users = direct::load_u64(hv.hw, um, uoff).ok()?;
         let Some(less) = Users(users).minus(want) else {
             debug_assert!(false, "grant {gref} has no such user");
             return None;
         };
-        self.users.set(hv.hw, i, less.0);
+        let set = direct::store_u64(hv.hw, um, uoff, less.0);
+        debug_assert!(set.is_ok());
         self.in_use -= 1;
         let entry = if less.flags() == Users(users).flags() {
-            hv.hw.load_u64(m, off).ok()
+            direct::load_u64(hv.hw, m, off).ok()
         } else {
             tell(hv.hw, m, off, less)
         };
@@ -241,7 +245,7 @@ impl Granted {
             (Err(e), _) | (_, Err(e)) => return e,
         };
         if a != b
-            && let (Ok(va), Ok(vb)) = (hv.hw.load_u64(ma, oa), hv.hw.load_u64(mb, ob))
+            && let (Ok(va), Ok(vb)) = (direct::load_u64(hv.hw, ma, oa), direct::load_u64(hv.hw, mb, ob))
         {
             self.table.set(hv.hw, a as usize, vb);
             self.table.set(hv.hw, b as usize, va);
@@ -277,7 +281,7 @@ fn claim(
     want: Want,
     flags: u64,
 ) -> Result<Entry, GntStatus> {
-    let mut found = mem.load_u64(m, off).map_err(|_| GntStatus::GENERAL_ERROR)?;
+    let mut found = direct::load_u64(mem, m, off).map_err(|_| GntStatus::GENERAL_ERROR)?;
     for _ in 0..TRIES {
         let e = Entry(found);
         if !e.permits(who, want) {
@@ -286,7 +290,7 @@ fn claim(
         if found | flags == found {
             return Ok(e);
         }
-        match mem.cmpxchg_u64(m, off, found, found | flags) {
+        match direct::cmpxchg_u64(mem, m, off, found, found | flags) {
             Ok(v) if v == found => return Ok(e),
             Ok(v) => found = v,
             Err(_) => break,
@@ -298,7 +302,7 @@ fn claim(
 /// Takes away the flags that `users` do not account for. Gives the entry as it was.
 fn tell(mem: &(impl HostMem + ?Sized), m: Mfn, off: usize, users: Users) -> Option<u64> {
     let all = u64::from(GTF_READING | GTF_WRITING);
-    mem.and_u64(m, off, !(all & !users.flags())).ok()
+    direct::and_u64(mem, m, off, !(all & !users.flags())).ok()
 }
 
 /// The page a grant is for. Only the domain's own RAM can be granted: not device memory, not what it

@@ -7,8 +7,8 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use galvan_base::hw::HostMem;
-use galvan_base::{Gfn, Mfn};
+use galvan_base::hw::{HostMem, MemFault};
+use galvan_base::{Gfn, Mfn, direct};
 use galvan_dom0_proto::errno::GntStatus;
 
 use super::words::Words;
@@ -67,6 +67,38 @@ impl Mapping {
     }
 }
 
+/// Where a record is.
+#[derive(Clone, Copy)]
+struct Place {
+    frame: Mfn,
+    off: usize,
+}
+
+/// Frames of Galvan's own: that they are not RAM does not happen, and would be found in debug builds.
+fn ours<T: Default>(r: Result<T, MemFault>) -> T {
+    debug_assert!(r.is_ok(), "a frame of handles is not RAM");
+    r.unwrap_or_default()
+}
+
+impl Place {
+    #[inline]
+    fn get(self, mem: &(impl HostMem + ?Sized)) -> [u64; 2] {
+        [0, 8].map(|n| ours(direct::load_u64(mem, self.frame, self.off + n)))
+    }
+
+    #[inline]
+    fn put(self, mem: &(impl HostMem + ?Sized), w: [u64; 2]) {
+        ours(direct::store_u64(mem, self.frame, self.off, w[0]));
+        self.put_state(mem, w[1]);
+    }
+
+    /// Changes the second word alone.
+    #[inline]
+    fn put_state(self, mem: &(impl HostMem + ?Sized), w: u64) {
+        ours(direct::store_u64(mem, self.frame, self.off + 8, w));
+    }
+}
+
 /// A domain of which something is mapped.
 #[derive(Debug)]
 struct Granter {
@@ -120,15 +152,19 @@ impl Maptrack {
         self.live
     }
 
-    fn record(&self, mem: &(impl HostMem + ?Sized), handle: u32) -> Option<[u64; 2]> {
-        let i = usize::try_from(handle).ok()?.checked_mul(2)?;
-        Some([self.records.get(mem, i)?, self.records.get(mem, i + 1)?])
+    /// Where a record is; its two words are side by side in one frame.
+    #[inline]
+    fn place(&self, handle: u32) -> Option<Place> {
+        let (frame, off) = self.records.place(handle as usize * 2)?;
+        Some(Place { frame, off })
     }
 
     fn put(&self, mem: &(impl HostMem + ?Sized), handle: u32, w: [u64; 2]) {
-        let i = handle as usize * 2;
-        self.records.set(mem, i, w[0]);
-        self.records.set(mem, i + 1, w[1]);
+        let place = self.place(handle);
+        debug_assert!(place.is_some(), "handle {handle} has no record");
+        if let Some(p) = place {
+            p.put(mem, w);
+        }
     }
 
     /// Sets a handle aside for a mapping of what `granter` has granted.
@@ -144,8 +180,9 @@ impl Maptrack {
         let slot = self.slot_for(granter)?;
         let handle = match self.free.checked_sub(1) {
             Some(h) => {
-                let w = self.record(mem, h).ok_or(GntStatus::NO_DEVICE_SPACE)?;
-                self.free = w[0] as u32;
+                let p = self.place(h).ok_or(GntStatus::NO_DEVICE_SPACE)?;
+                self.free = p.get(mem)[0] as u32;
+                p.put_state(mem, u64::from(BUSY) << 56);
                 h
             }
             None => {
@@ -157,10 +194,10 @@ impl Maptrack {
                     }
                 }
                 self.fresh += 1;
+                self.put(mem, self.fresh - 1, [0, u64::from(BUSY) << 56]);
                 self.fresh - 1
             }
         };
-        self.put(mem, handle, [0, u64::from(BUSY) << 56]);
         if let Some(g) = self.granters.get_mut(usize::from(slot)) {
             g.mappings += 1;
             if g.dom.is_none() {
@@ -243,7 +280,8 @@ impl Maptrack {
         handle: u32,
         at: Option<Gfn>,
     ) -> Result<(Mapping, Arc<Domain>), GntStatus> {
-        let w = self.record(mem, handle).ok_or(GntStatus::BAD_HANDLE)?;
+        let place = self.place(handle).ok_or(GntStatus::BAD_HANDLE)?;
+        let w = place.get(mem);
         let state = (w[1] >> 56) as u8;
         if state & LIVE == 0 {
             return Err(GntStatus::BAD_HANDLE);
@@ -257,7 +295,7 @@ impl Maptrack {
             .get(usize::from(m.slot))
             .and_then(|g| g.dom.clone());
         let granter = granter.ok_or(GntStatus::BAD_HANDLE)?;
-        self.put(mem, handle, m.words(BUSY));
+        place.put_state(mem, m.words(BUSY)[1]);
         Ok((m, granter))
     }
 

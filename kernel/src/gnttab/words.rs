@@ -6,7 +6,7 @@
 use alloc::vec::Vec;
 
 use galvan_base::hw::{Exhausted, HostMem};
-use galvan_base::{Mfn, PAGE_SIZE, nospec};
+use galvan_base::{Mfn, PAGE_SIZE, direct, nospec};
 
 use crate::mm::{FrameTable, Owner};
 
@@ -50,13 +50,13 @@ impl Words {
     #[inline]
     pub(super) fn get(&self, mem: &(impl HostMem + ?Sized), i: usize) -> Option<u64> {
         let (m, off) = self.place(i)?;
-        mem.load_u64(m, off).ok()
+        direct::load_u64(mem, m, off).ok()
     }
 
     /// Changes word `i`, which must exist.
     #[inline]
     pub(super) fn set(&self, mem: &(impl HostMem + ?Sized), i: usize, v: u64) {
-        let stored = self.place(i).map(|(m, off)| mem.store_u64(m, off, v));
+        let stored = self.place(i).map(|(m, off)| direct::store_u64(mem, m, off, v));
         debug_assert!(matches!(stored, Some(Ok(()))), "word {i} of {}", self.len());
     }
 

@@ -24,8 +24,11 @@ const RESET_STRETCH: u32 = 128;
 pub fn event_channel_op(cx: &mut Cx<'_>, args: Args) -> Ret {
     // By far the most frequent: it needs no room for the others' structures.
     if args[0] as u32 == EVTCHNOP_SEND {
-        let a: EvtchnPort = cx.get(args[1])?;
-        evtchn::send(cx.hv, cx.dom, a.port)?;
+        let port = match cx.get_known(args[1]) {
+            Some(port) => port,
+            None => cx.get::<EvtchnPort>(args[1])?.port,
+        };
+        evtchn::send(cx.hv, cx.dom, port)?;
         return Ok(OK);
     }
     others(cx, args)

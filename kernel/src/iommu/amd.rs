@@ -23,7 +23,9 @@ use core::fmt;
 use galvan_base::hw::{Access, Exhausted, Iommu, Sbdf};
 use galvan_base::sync::{RankedLock, rank};
 use galvan_base::{Dfn, Gfn, Mfn, PageOrder};
-use galvan_ept::{Attrs, Budget, Error, Format, PendingFlush, Run, Table, TableAlloc};
+use galvan_ept::{
+    Attrs, Budget, Error, Format, Kind, PendingFlush, Run, Single, Table, TableAlloc,
+};
 
 use super::amd_format::{Command, Dte};
 use super::ivrs::{Ivrs, UnityRange};
@@ -55,6 +57,10 @@ struct Context {
     functions: Vec<u32>,
     /// What must stay mapped at its own address.
     unity: Vec<UnityRange>,
+    /// Entries of single pages that may be read, and that may be written too.
+    kinds: [Kind; 2],
+    /// One of these units caches what is not present.
+    caches_absent: bool,
 }
 
 /// A function that has an owner.
@@ -103,11 +109,14 @@ fn attrs(write: bool) -> Attrs {
 
 impl Context {
     fn new<H: AmdHw>(hw: &H, units: usize) -> Result<Context, Exhausted> {
+        let table = Table::new(hw, Format::AmdVi, PageOrder::P1G)?;
         Ok(Context {
-            table: Table::new(hw, Format::AmdVi, PageOrder::P1G)?,
+            kinds: [false, true].map(|write| table.kind(attrs(write))),
+            table,
             pending: PendingFlush::new(),
             functions: alloc::vec![0; units],
             unity: Vec::new(),
+            caches_absent: false,
         })
     }
 
@@ -176,7 +185,7 @@ impl Context {
     /// Makes the IOMMUs forget what was taken out of the table.
     fn flush<H: AmdHw>(&mut self, hw: &H, domid: u16) {
         let functions = &self.functions;
-        core::mem::take(&mut self.pending).flush(hw, || {
+        self.pending.settle(hw, || {
             for (unit, n) in functions.iter().enumerate() {
                 if *n > 0 {
                     hw.execute(unit, &[Command::invalidate_domain(domid)]);
@@ -185,10 +194,21 @@ impl Context {
         });
     }
 
-    fn count(&mut self, unit: usize, add: bool) {
+    fn count<H: AmdHw>(&mut self, hw: &H, unit: usize, add: bool) {
         if let Some(n) = self.functions.get_mut(unit) {
             *n = if add { *n + 1 } else { n.saturating_sub(1) };
         }
+        let mut all = self.functions.iter().enumerate();
+        self.caches_absent = all.any(|(unit, n)| *n > 0 && hw.caches_absent(unit));
+    }
+
+    /// The entry for a frame that is changed alone, if there is a table of such.
+    #[inline]
+    fn single<H: AmdHw>(&self, hw: &H, d: Dfn, order: PageOrder) -> Option<Single> {
+        if order != PageOrder::P4K || !self.unity.is_empty() {
+            return None;
+        }
+        self.table.single(hw.mem(), Gfn::new_truncate(d.get()))
     }
 }
 
@@ -199,11 +219,10 @@ impl State {
         units: usize,
         domid: u16,
     ) -> Result<&mut Context, Exhausted> {
-        use alloc::collections::btree_map::Entry;
-        Ok(match self.contexts.entry(domid) {
-            Entry::Occupied(o) => o.into_mut(),
-            Entry::Vacant(v) => v.insert(Context::new(hw, units)?),
-        })
+        if !self.contexts.contains_key(&domid) {
+            self.contexts.insert(domid, Context::new(hw, units)?);
+        }
+        self.contexts.get_mut(&domid).ok_or(Exhausted)
     }
 }
 
@@ -292,17 +311,27 @@ impl<H: AmdHw> Iommu for AmdVi<H> {
         let mut state = self.state.lock();
         let units = self.topology.units.len();
         let c = state.context(&self.hw, units, domid)?;
-        c.change(d, order, |c, i, order, preparing| {
-            let at = Gfn::new_truncate(d.get() + i);
-            let m = Mfn::new_truncate(m.get() + i);
-            let r = if preparing {
-                c.table.prepare(&self.hw, at, order, &mut c.pending)
-            } else {
-                c.table
-                    .map(&self.hw, at, m, order, attrs(a.write), &mut c.pending)
-            };
-            r.map_err(exhausted)
-        })?;
+        if let Some(at) = c.single(&self.hw, d, order) {
+            let [read, write] = c.kinds;
+            let kind = if a.write { write } else { read };
+            c.table
+                .set_single(&self.hw, &at, m, kind, &mut c.pending);
+        } else {
+            c.change(d, order, |c, i, order, preparing| {
+                let at = Gfn::new_truncate(d.get() + i);
+                let m = Mfn::new_truncate(m.get() + i);
+                let r = if preparing {
+                    c.table.prepare(&self.hw, at, order, &mut c.pending)
+                } else {
+                    c.table
+                        .map(&self.hw, at, m, order, attrs(a.write), &mut c.pending)
+                };
+                r.map_err(exhausted)
+            })?;
+        }
+        if !c.caches_absent {
+            return Ok(());
+        }
         for (unit, n) in c.functions.iter().enumerate() {
             if *n > 0 && self.hw.caches_absent(unit) {
                 self.hw
@@ -317,6 +346,12 @@ impl<H: AmdHw> Iommu for AmdVi<H> {
         let Some(c) = state.contexts.get_mut(&domid) else {
             return Ok(());
         };
+        if let Some(at) = c.single(&self.hw, d, order) {
+            let nothing = Kind::default();
+            c.table
+                .set_single(&self.hw, &at, Mfn::new_truncate(0), nothing, &mut c.pending);
+            return Ok(());
+        }
         c.change(d, order, |c, i, order, preparing| {
             let at = Gfn::new_truncate(d.get() + i);
             let r = if preparing {
@@ -387,7 +422,7 @@ impl<H: AmdHw> Iommu for AmdVi<H> {
         if let Some(old) = old {
             self.put_entries(unit, &own, Dte::blocked, false, old);
             if let Some(c) = state.contexts.get_mut(&old) {
-                c.count(unit, false);
+                c.count(&self.hw, unit, false);
             }
             state.functions.remove(&dev);
         }
@@ -396,7 +431,7 @@ impl<H: AmdHw> Iommu for AmdVi<H> {
         {
             let root = c.table.root();
             self.put_entries(unit, &own, |s| Dte::translated(root, new, s), true, new);
-            c.count(unit, true);
+            c.count(&self.hw, unit, true);
             let owned = Owned {
                 domid: new,
                 unit,

@@ -5,7 +5,7 @@ use core::ops::Range;
 use core::sync::atomic::Ordering;
 
 use galvan_base::{Dfn, Gfn, Mfn, PageOrder};
-use galvan_ept::{Attrs, Budget, PendingFlush, Run, Table};
+use galvan_ept::{Attrs, Budget, PendingFlush, Run, Single, Table};
 
 use super::{Inner, P2m, P2mError, P2mType};
 use crate::mm::{Owner, PageRef};
@@ -56,11 +56,21 @@ struct PartedList {
 }
 
 impl PartedList {
+    /// Makes room for another.
+    #[inline]
+    fn reserve(&mut self) -> Result<(), P2mError> {
+        match self.last {
+            None => Ok(()),
+            Some(_) => self
+                .before
+                .try_reserve(1)
+                .map_err(|_| P2mError::Exhausted),
+        }
+    }
+
     fn push(&mut self, p: Parted) -> Result<(), P2mError> {
         if let Some(last) = self.last {
-            self.before
-                .try_reserve(1)
-                .map_err(|_| P2mError::Exhausted)?;
+            self.reserve()?;
             self.before.push(last);
         }
         self.last = Some(p);
@@ -241,20 +251,17 @@ impl<'a> Changes<'a> {
     pub fn unmap_grant(&mut self, gfn: Gfn, mfn: Mfn) -> Result<(), P2mError> {
         let p2m = self.p2m;
         let mut inner = p2m.inner.write();
-        let (found, sw, _) = inner.table.peek(p2m.frames.mem(), gfn);
-        if !P2mType::from_sw(sw).is_grant() || found != mfn {
-            // Whoever replaced it may not have flushed yet.
-            self.flush.require();
-            return Err(P2mError::NotMapped);
+        match inner.table.single(p2m.frames.mem(), gfn) {
+            Some(at) if at.mfn == mfn && P2mType::from_sw(at.sw).is_grant() => {
+                let nothing = Mfn::new_truncate(0);
+                self.replace_single(&mut inner, gfn, &at, nothing, P2mType::None, true)
+            }
+            _ => {
+                // Whoever replaced it may not have flushed yet.
+                self.flush.require();
+                Err(P2mError::NotMapped)
+            }
         }
-        self.replace(
-            &mut inner,
-            gfn,
-            Mfn::new_truncate(0),
-            PageOrder::P4K,
-            P2mType::None,
-            true,
-        )
     }
 
     /// Removes what is in a range; the domain's own frames are released. Takes what it has done off
@@ -428,7 +435,17 @@ impl<'a> Changes<'a> {
 
     /// Flushes what was taken away, then frees table pages and lets go of frames. No lock of rank
     /// P2M or above may be held.
+    #[inline]
     pub fn finish(mut self, tlb: &dyn StageTwoFlush) -> Finished {
+        // Where something was only added, nothing is owed.
+        if self.flush_iommu || self.parted.last.is_some() || !self.flush.is_clear() {
+            return self.finish_all(tlb);
+        }
+        Finished { freed: 0 }
+    }
+
+    #[inline(never)]
+    fn finish_all(&mut self, tlb: &dyn StageTwoFlush) -> Finished {
         let p2m = self.p2m;
         let flush = core::mem::take(&mut self.flush);
         if self.flush_iommu
@@ -438,8 +455,7 @@ impl<'a> Changes<'a> {
         }
         flush.flush(&p2m.pool, || tlb.flush_domain());
         let mut freed = 0;
-        let parted = core::mem::take(&mut self.parted);
-        for p in parted.before.into_iter().chain(parted.last) {
+        let mut let_go = |p: Parted| {
             let first = Mfn::new_truncate(p.mfn);
             if p.owned {
                 let owner = Owner::Guest(p2m.domid);
@@ -453,6 +469,12 @@ impl<'a> Changes<'a> {
                     p2m.frames.put_ref(Mfn::new_truncate(m));
                 }
             }
+        };
+        for p in self.parted.before.drain(..) {
+            let_go(p);
+        }
+        if let Some(p) = self.parted.last.take() {
+            let_go(p);
         }
         Finished { freed }
     }
@@ -546,12 +568,62 @@ impl<'a> Changes<'a> {
         ty: P2mType,
         grants: bool,
     ) -> Result<(), P2mError> {
+        if size == PageOrder::P4K
+            && let Some(at) = inner.table.single(self.p2m.frames.mem(), g)
+        {
+            return self.replace_single(inner, g, &at, mfn, ty, grants);
+        }
         let mark = self.parted.mark();
         let r = self.try_replace(inner, g, mfn, size, ty, grants);
         if r.is_err() {
             self.parted.cut(mark);
         }
         r
+    }
+
+    /// [`Changes::replace`] for a single page in a table of such.
+    fn replace_single(
+        &mut self,
+        inner: &mut Inner,
+        g: Gfn,
+        at: &Single,
+        mfn: Mfn,
+        ty: P2mType,
+        grants: bool,
+    ) -> Result<(), P2mError> {
+        let p2m = self.p2m;
+        let old = P2mType::from_sw(at.sw);
+        if old.is_grant() && !grants {
+            return Err(P2mError::Busy);
+        }
+        let gone = old.is_owned() || old.is_ref();
+        if gone {
+            self.parted.reserve()?;
+        }
+        if old == P2mType::Ram {
+            p2m.ram_leaves(g, 1);
+        }
+        if let Some(io) = p2m.iommu() {
+            let d = Dfn::new_truncate(g.get());
+            let before = old.dma().is_some();
+            match ty.dma() {
+                Some(a) => io.map(p2m.domid, d, mfn, PageOrder::P4K, a)?,
+                None if before => io.unmap(p2m.domid, d, PageOrder::P4K)?,
+                None => {}
+            }
+            self.flush_iommu |= before;
+        }
+        if gone {
+            self.part_with(at.mfn, 1, old.is_owned())?;
+        }
+        let kind = inner.kinds.get(ty as usize).copied().unwrap_or_default();
+        inner
+            .table
+            .set_single(&p2m.pool, at, mfn, kind, &mut self.flush);
+        if ty != P2mType::None && p2m.max_gfn.load(Ordering::Relaxed) < g.get() {
+            p2m.max_gfn.fetch_max(g.get(), Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     fn try_replace(

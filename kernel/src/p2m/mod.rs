@@ -35,7 +35,7 @@ use galvan_base::sync::atomic::{AtomicU64, Ordering};
 use galvan_base::sync::{RankedRwLock, rank};
 use galvan_base::{Gfn, Mfn, PageOrder};
 use galvan_dom0_proto::errno::Errno;
-use galvan_ept::{Attrs, Entry, MemType, Table};
+use galvan_ept::{Attrs, Entry, Kind, MemType, Table};
 
 use crate::mm::{FrameTable, PageRef};
 pub use changes::{Changes, Finished, StageTwoFlush};
@@ -356,6 +356,8 @@ pub struct P2mConfig {
 #[derive(Debug)]
 struct Inner {
     table: Table,
+    /// What entries of single pages look like, by type.
+    kinds: [Kind; P2mType::ALL.len()],
     /// Where tearing down goes on.
     cursor: Gfn,
 }
@@ -390,6 +392,10 @@ impl P2m {
         let pool = TablePool::new(frames, config.pool_limit);
         let (format, max_order) = hw.stage2();
         let table = Table::new(&pool, format.into(), max_order)?;
+        let mut kinds = [Kind::default(); P2mType::ALL.len()];
+        for (kind, ty) in kinds.iter_mut().zip(P2mType::ALL) {
+            *kind = table.kind(ty.attrs(!config.devices));
+        }
         Ok(P2m {
             domid: config.domid,
             devices: config.devices,
@@ -400,6 +406,7 @@ impl P2m {
             ram: RamChanges::default(),
             inner: RankedRwLock::new(Inner {
                 table,
+                kinds,
                 cursor: Gfn::new_truncate(0),
             }),
         })

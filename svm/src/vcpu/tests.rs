@@ -433,6 +433,44 @@ fn the_host_hears_of_injected_interrupts_and_of_nothing_else() {
 }
 
 #[test]
+fn a_run_that_the_host_cuts_short_after_an_injection_goes_on() {
+    let svm = boot(bare());
+    let mut v = vcpu(svm, 0x1000, false);
+    v.load();
+    machine(|m| m.cuts_short = true);
+    let said = |word| machine(|m| m.log.iter().filter(|l| **l == word).count());
+    v.inject(Event::Interrupt(0x31));
+    guest(|v, _| {
+        assert_eq!(v.event_inj.get(), 0x8000_0031);
+        v.exit_code.set(code::INTR);
+    });
+    guest(|v, _| {
+        assert_eq!(v.event_inj.get(), 0, "injected once");
+        v.exit_code.set(code::CPUID);
+    });
+    assert!(matches!(enter(&mut v), Exit::Cpuid(_)));
+    assert_eq!((said("injecting"), said("injected")), (1, 1));
+    assert_eq!(v.take_counts().hidden_exits, 1);
+    assert_eq!(v.take_counts().hidden_exits, 0);
+
+    // What else ends it is seen, and an interrupt that is really there ends the next run.
+    v.inject(Event::Interrupt(0x32));
+    guest(|v, _| {
+        v.exit_code.set(code::NPF);
+        v.exit_int_info.set(0x8000_0032);
+    });
+    assert!(matches!(enter(&mut v), Exit::NestedFault(_)));
+    guest(|v, _| {
+        assert_eq!(v.event_inj.get(), 0x8000_0032);
+        v.exit_code.set(code::INTR);
+        v.exit_int_info.set(0);
+    });
+    guest(|v, _| v.exit_code.set(code::INTR));
+    assert_eq!(enter(&mut v), Exit::Interrupt);
+    assert_eq!((said("injecting"), said("injected")), (3, 3));
+}
+
+#[test]
 fn interrupts_wait_for_flag_shadow_and_pending_event() {
     let svm = boot(bare());
     let mut v = vcpu(svm, 0x1000, false);

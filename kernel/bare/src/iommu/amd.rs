@@ -95,6 +95,18 @@ struct Commands {
     sequence: u64,
 }
 
+impl Commands {
+    /// Writes a command into the ring.
+    #[inline]
+    fn put(&mut self, Command([first, second]): Command) {
+        if let Some([a, b]) = self.ring.get(self.tail * 2..self.tail * 2 + 2) {
+            a.store(first, Ordering::Relaxed);
+            b.store(second, Ordering::Relaxed);
+        }
+        self.tail = (self.tail + 1) % RING_ENTRIES;
+    }
+}
+
 /// The reading end of an event log.
 struct Events {
     ring: &'static [AtomicU64],
@@ -242,22 +254,17 @@ impl Unit {
         // One entry always stays free, by which a full ring is told from an empty one.
         for batch in commands.chunks(RING_ENTRIES - 2) {
             c.sequence += 1;
-            for Command(words) in batch
-                .iter()
-                .copied()
-                .chain([Command::completion_wait(self.done_at, c.sequence)])
-            {
-                for (i, v) in words.into_iter().enumerate() {
-                    if let Some(word) = c.ring.get(c.tail * 2 + i) {
-                        word.store(v, Ordering::Relaxed);
-                    }
-                }
-                c.tail = (c.tail + 1) % RING_ENTRIES;
+            for command in batch {
+                c.put(*command);
             }
+            c.put(Command::completion_wait(self.done_at, c.sequence));
             // The uncached write comes after all those before it.
             core::sync::atomic::fence(Ordering::SeqCst);
             self.regs
                 .write(reg::COMMAND_TAIL, (c.tail * RING_ENTRY) as u64);
+            if self.done.load(Ordering::Acquire) == c.sequence {
+                continue;
+            }
             let start = crate::clock::now_ns();
             while self.done.load(Ordering::Acquire) != c.sequence {
                 if crate::clock::now_ns() - start > PATIENCE_NS {

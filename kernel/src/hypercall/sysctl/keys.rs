@@ -113,7 +113,7 @@ fn cpus(hv: Hv) {
             "CPU {n}: {}{}, {} exits, idle for {} ms in all",
             if running == 0 { "idle" } else { "running d" },
             Number(running.checked_sub(1)),
-            c.exits.load(Ordering::Relaxed),
+            c.counter(crate::hv::Counter::Exits),
             c.idle_ns.load(Ordering::Relaxed) / 1_000_000
         );
     }

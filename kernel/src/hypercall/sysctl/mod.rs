@@ -1,6 +1,7 @@
 //! `sysctl`: what the toolstack asks about the whole machine, and does to it (public `sysctl.h`).
 
 mod keys;
+mod perfc;
 #[cfg(test)]
 mod tests;
 mod topology;
@@ -84,9 +85,9 @@ fn operate(cx: &mut Cx<'_>, call: &mut XenSysctl) -> Op {
             Err(Errno::ENODEV)
         }
         XEN_SYSCTL_CPU_HOTPLUG => Err(Errno::EOPNOTSUPP),
-        // Known, and absent: trace buffers, counters, lock profiles, coverage, live patches.
+        XEN_SYSCTL_PERFC_OP => perfc::perfc_op(cx, call),
+        // Known, and absent: trace buffers, lock profiles, coverage, live patches.
         XEN_SYSCTL_TBUF_OP
-        | XEN_SYSCTL_PERFC_OP
         | XEN_SYSCTL_LOCKPROF_OP
         | XEN_SYSCTL_COVERAGE_OP
         | XEN_SYSCTL_PAGE_OFFLINE_OP

@@ -237,3 +237,34 @@ fn debug_keys_report_whatever_is_pressed() {
     };
     assert_eq!(ctl(&w, XEN_SYSCTL_DEBUG_KEYS, &k).err(), Some(Errno::E2BIG));
 }
+
+#[test]
+fn counters_are_named_read_for_each_cpu_and_set_to_zero() {
+    let w = world(1);
+    let perfc = |cmd, desc, val| -> Result<XenSysctlPerfcOp, Errno> {
+        let p = XenSysctlPerfcOp {
+            cmd,
+            nr_counters: 0,
+            nr_vals: 0,
+            _pad: 0,
+            desc: GuestHandle::new(desc),
+            val: GuestHandle::new(val),
+        };
+        Ok(ctl(&w, XEN_SYSCTL_PERFC_OP, &p)?.payload())
+    };
+    let exits = |cpu: u64| w.get::<u32>(0, BUF + cpu * 4);
+    w.hv.cpus[1].entries.fetch_add(7, Ordering::Relaxed);
+
+    let sizes = perfc(XEN_SYSCTL_PERFCOP_QUERY, 0, 0).expect("sizes");
+    assert_eq!(sizes.nr_vals, sizes.nr_counters * 2);
+    perfc(XEN_SYSCTL_PERFCOP_QUERY, 2 * BUF, BUF).expect("values");
+    let first: XenSysctlPerfcDesc = w.get(0, 2 * BUF);
+    assert_eq!((&first.name[..6], first.nr_vals), (&b"exits\0"[..], 2));
+    assert_eq!((exits(0), exits(1)), (0, 7));
+
+    perfc(XEN_SYSCTL_PERFCOP_RESET, 0, 0).expect("reset");
+    w.hv.cpus[1].entries.fetch_add(1, Ordering::Relaxed);
+    perfc(XEN_SYSCTL_PERFCOP_QUERY, 0, BUF).expect("values");
+    assert_eq!((exits(0), exits(1)), (0, 1));
+    assert_eq!(perfc(3, 0, 0), Err(Errno::EINVAL));
+}

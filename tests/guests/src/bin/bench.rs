@@ -5,7 +5,9 @@
 //! guest or hypervisor, so that two boots of one binary give the same numbers to the digit. On real
 //! processors the ticks are cycles of a fixed clock.
 //!
-//! Each line is `BENCH name ticks`, or `BENCH name failed result`; the last is `BENCH-END`.
+//! Each line is `BENCH name ticks`, or `BENCH name failed result`; the last is `BENCH-END`. `COUNT name
+//! exits flushes`, where the hypervisor has performance counters, says how many exits and TLB
+//! flushes one operation took. `ENTRY tsc` is the counter at the guest's first instructions.
 #![no_std]
 #![no_main]
 
@@ -20,12 +22,17 @@ use galvan_dom0_proto::memory::{
     XENMEM_POPULATE_PHYSMAP, XenAddToPhysmap, XenMemoryReservation,
 };
 use galvan_dom0_proto::vcpu::{VCPUOP_SET_SINGLESHOT_TIMER, VcpuSetSingleshotTimer};
+use galvan_dom0_proto::sysctl::{
+    XEN_SYSCTL_INTERFACE_VERSION, XEN_SYSCTL_PERFC_OP, XEN_SYSCTL_PERFCOP_QUERY, XenSysctl,
+    XenSysctlPerfcOp,
+};
 use galvan_dom0_proto::xen::{
     HYPERVISOR_GRANT_TABLE_OP, HYPERVISOR_HVM_OP,
-    HYPERVISOR_MEMORY_OP, HYPERVISOR_MULTICALL, HYPERVISOR_VCPU_OP, HYPERVISOR_XEN_VERSION,
+    HYPERVISOR_MEMORY_OP, HYPERVISOR_MULTICALL, HYPERVISOR_SYSCTL, HYPERVISOR_VCPU_OP, HYPERVISOR_XEN_VERSION,
     MulticallEntry, VIRQ_TIMER,
 };
 use galvan_dom0_proto::{DomId, GntStatus, GuestHandle};
+use galvan_dom0_proto::zerocopy::FromZeros;
 use galvan_guests::hypercall::{call, op};
 use galvan_guests::{Page, cpu, entry, events, println};
 
@@ -54,6 +61,69 @@ fn least(runs: u32, mut before: impl FnMut(), mut f: impl FnMut()) -> u64 {
     least
 }
 
+/// What the hypervisor has counted: exits and TLB flushes.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Counts([u32; 2]);
+
+impl Counts {
+    /// So many times an operation is counted in one go.
+    const AT_ONCE: u32 = 8;
+
+    /// What it has counted so far; `None` if it has no such counters.
+    fn now() -> Option<Counts> {
+        let mut values = [0u32; 16];
+        let mut call = XenSysctl::new_zeroed();
+        (call.cmd, call.interface_version) = (XEN_SYSCTL_PERFC_OP, XEN_SYSCTL_INTERFACE_VERSION);
+        let mut p = XenSysctlPerfcOp::new_zeroed();
+        p.cmd = XEN_SYSCTL_PERFCOP_QUERY;
+        call.set_payload(&p);
+        if call_sysctl(&mut call) != 0 {
+            return None;
+        }
+        // Others than Galvan count other things. There is one CPU.
+        let p: XenSysctlPerfcOp = call.payload();
+        if (p.nr_counters, p.nr_vals) != (3, 3) {
+            return None;
+        }
+        let mut p = XenSysctlPerfcOp::new_zeroed();
+        p.cmd = XEN_SYSCTL_PERFCOP_QUERY;
+        p.val = GuestHandle::new(values.as_mut_ptr() as u64);
+        call.set_payload(&p);
+        if call_sysctl(&mut call) != 0 {
+            return None;
+        }
+        // SAFETY: the hypervisor has written to it, of which the compiler knows nothing.
+        let values = unsafe { core::ptr::read_volatile(&raw const values) };
+        Some(Counts([values[0], values[2]]))
+    }
+
+    fn since(self, before: Counts) -> Counts {
+        let [a, b] = self.0;
+        let [c, d] = before.0;
+        Counts([a.wrapping_sub(c), b.wrapping_sub(d)])
+    }
+
+    /// Runs `f`, which does an operation [`Counts::AT_ONCE`] times, and prints how much is counted for one.
+    fn print(name: &str, mut f: impl FnMut()) {
+        let mut least = None;
+        for _ in 0..8 {
+            let (Some(a), Some(b)) = (Counts::now(), Counts::now()) else { return };
+            f();
+            let Some(c) = Counts::now() else { return };
+            // Less what is counted of counting.
+            let one = c.since(b).since(b.since(a));
+            least = Some(least.map_or(one, |l: Counts| l.min(one)));
+        }
+        if let Some(Counts([exits, flushes])) = least {
+            println!("COUNT {name} {} {}", exits / Self::AT_ONCE, flushes / Self::AT_ONCE);
+        }
+    }
+}
+
+fn call_sysctl(c: &mut XenSysctl) -> i64 {
+    call(HYPERVISOR_SYSCTL, [c as *mut XenSysctl as u64, 0, 0, 0, 0])
+}
+
 struct Bench {
     nothing: u64,
     /// The one operation that is wanted, and then for ever, so that it can be watched; empty: all.
@@ -76,10 +146,16 @@ impl Bench {
     }
 
     #[inline(always)]
-    fn run_after(&self, name: &str, before: impl FnMut(), f: impl FnMut()) {
+    fn run_after(&self, name: &str, mut before: impl FnMut(), mut f: impl FnMut()) {
         if self.wants(name) {
-            let ticks = least(self.runs(RUNS), before, f).wrapping_sub(self.nothing);
+            let ticks = least(self.runs(RUNS), &mut before, &mut f).wrapping_sub(self.nothing);
             println!("BENCH {name} {ticks}");
+            Counts::print(name, || {
+                for _ in 0..Counts::AT_ONCE {
+                    before();
+                    f();
+                }
+            });
         }
     }
 }
@@ -103,7 +179,9 @@ fn failed(name: &str, r: i64) {
 
 #[unsafe(no_mangle)]
 fn guest_main(start: &'static HvmStartInfo) {
+    let entry = cpu::rdtsc();
     println!("BENCH-BEGIN");
+    println!("ENTRY {entry}");
     let b = Bench { nothing: least(RUNS, || {}, || {}), only: only(start) };
     let nops = least(
         RUNS,
@@ -280,14 +358,18 @@ fn timer(b: &Bench) {
     events::set_masked(port, false);
     events::timed(true);
     let mut least = u64::MAX;
-    for i in 0..u64::from(b.runs(RUNS)) {
+    let wait = |ahead| {
         let (ns, tsc) = now();
-        let ahead = 60_000 + i % u64::from(RUNS) * 37;
         set(ns + ahead);
         let before = events::UPCALLS.load(Relaxed);
         while events::UPCALLS.load(Relaxed) == before {
             cpu::halt();
         }
+        tsc
+    };
+    for i in 0..u64::from(b.runs(RUNS)) {
+        let ahead = 60_000 + i % u64::from(RUNS) * 37;
+        let tsc = wait(ahead);
         let due = tsc + ticks(ahead);
         let late = events::UPCALL_TSC.load(Relaxed).wrapping_sub(due) as i64;
         if late >= 0 {
@@ -296,6 +378,13 @@ fn timer(b: &Bench) {
     }
     events::set_masked(port, true);
     println!("BENCH hlt-timer {least}");
+    events::set_masked(port, false);
+    Counts::print("hlt-timer", || {
+        for _ in 0..Counts::AT_ONCE {
+            wait(60_000);
+        }
+    });
+    events::set_masked(port, true);
 }
 
 fn grants(b: &Bench) {
@@ -397,6 +486,14 @@ fn grants(b: &Bench) {
         least = least.min((b - a) + (d - c));
     }
     println!("BENCH grant-map {}", least - 2 * b.nothing);
+    Counts::print("grant-map", || {
+        // As many pages as there are have been moved; on Galvan, which counts, none has.
+        for _ in 0..Counts::AT_ONCE {
+            if let Ok(handle) = map_one(gref) {
+                unmap_one(handle);
+            }
+        }
+    });
 }
 
 #[inline(always)]

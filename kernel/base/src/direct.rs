@@ -1,0 +1,236 @@
+//! Words of machine frames where this program has RAM mapped, for the paths that are taken most: no
+//! indirect call, and for a [`KnownWord`] no question whether it is RAM.
+//!
+//! The functions do what those of [`HostMem`] of the same names do, and leave to it what they cannot
+//! do: everything, where no window was [opened](open), as in host tests. When guests' memory is to
+//! be mapped only while it is used, this is what goes.
+//!
+//! UNSAFETY: memory that guests write too is reached by atomics only, within the window, of which
+//! the one who opened it has promised that it is RAM and stays mapped.
+#![allow(
+    unsafe_code,
+    reason = "atomics at addresses that the compiler does not know"
+)]
+
+use core::cell::Cell;
+use core::ptr::{null_mut, with_exposed_provenance};
+use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+use crate::hw::{HostMem, MemFault};
+use crate::{Mfn, Mpa, PAGE_SHIFT, PAGE_SIZE};
+
+/// A bit for each frame below [`FRAMES`], set if it is in the window.
+static RAM: AtomicPtr<u64> = AtomicPtr::new(null_mut());
+/// Frames from here on are not in the window; written last.
+static FRAMES: AtomicU64 = AtomicU64::new(0);
+/// Where physical address 0 would be mapped.
+static BASE: AtomicUsize = AtomicUsize::new(0);
+
+/// Opens the window: the frames that have a bit in `ram` are mapped at `base` + their physical
+/// address.
+///
+/// # Safety
+/// All of them are RAM, mapped for reading and writing for ever, with provenance exposed. Called
+/// once. Nobody has a reference to anything there that is given to these functions.
+pub unsafe fn open(base: usize, ram: &'static [u64]) {
+    BASE.store(base, Ordering::Relaxed);
+    RAM.store(ram.as_ptr().cast_mut(), Ordering::Relaxed);
+    FRAMES.store(ram.len() as u64 * 64, Ordering::Release);
+}
+
+/// The address of an aligned value of type `T` at an offset of a frame in the window.
+#[inline(always)]
+fn place<T>(m: Mfn, off: usize) -> Option<*const T> {
+    let f = m.get();
+    if f >= FRAMES.load(Ordering::Acquire) || off >= PAGE_SIZE || !off.is_multiple_of(size_of::<T>())
+    {
+        return None;
+    }
+    // SAFETY: `open` was given so many words, which stay as they are.
+    let word = unsafe { RAM.load(Ordering::Relaxed).add((f / 64) as usize).read() };
+    if word >> (f % 64) & 1 == 0 {
+        return None;
+    }
+    let at = BASE.load(Ordering::Relaxed) + ((m.get() as usize) << PAGE_SHIFT) + off;
+    Some(with_exposed_provenance(at))
+}
+
+macro_rules! cell {
+    ($name:ident, $t:ty) => {
+        #[inline(always)]
+        fn $name(m: Mfn, off: usize) -> Option<&'static $t> {
+            // SAFETY: `place` gives aligned addresses in the window, which is mapped RAM for ever.
+            place::<$t>(m, off).map(|p| unsafe { &*p })
+        }
+    };
+}
+cell!(cell64, AtomicU64);
+cell!(cell32, AtomicU32);
+cell!(cell8, AtomicU8);
+
+macro_rules! forward {
+    ($(#[$doc:meta])* $name:ident, $cell:ident, ($($arg:ident: $t:ty),*) -> $r:ty, |$c:ident| $do:expr) => {
+        $(#[$doc])*
+        #[inline(always)]
+        pub fn $name<M: HostMem + ?Sized>(mem: &M, m: Mfn, off: usize, $($arg: $t),*) -> Result<$r, MemFault> {
+            match $cell(m, off) {
+                Some($c) => Ok($do),
+                None => mem.$name(m, off, $($arg),*),
+            }
+        }
+    };
+}
+forward!(/** [`HostMem::load_u64`] */ load_u64, cell64, () -> u64, |c| c.load(Ordering::Acquire));
+forward!(/** [`HostMem::store_u64`] */ store_u64, cell64, (v: u64) -> (), |c| c.store(v, Ordering::Release));
+forward!(/** [`HostMem::or_u64`] */ or_u64, cell64, (bits: u64) -> u64, |c| c.fetch_or(bits, Ordering::SeqCst));
+forward!(/** [`HostMem::and_u64`] */ and_u64, cell64, (mask: u64) -> u64, |c| c.fetch_and(mask, Ordering::SeqCst));
+forward!(/** [`HostMem::swap_u8`] */ swap_u8, cell8, (v: u8) -> u8, |c| c.swap(v, Ordering::SeqCst));
+forward!(/** [`HostMem::cmpxchg_u64`] */ cmpxchg_u64, cell64, (old: u64, new: u64) -> u64,
+    |c| c.compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst).unwrap_or_else(|v| v));
+
+/// An aligned u64 of RAM that is looked at again and again.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownWord {
+    at: Mpa,
+    cell: Option<&'static AtomicU64>,
+}
+
+impl KnownWord {
+    /// The one at this address; whether it is RAM is found out here.
+    pub fn new(at: Mpa) -> KnownWord {
+        KnownWord {
+            at,
+            cell: cell64(at.frame(), at.offset()),
+        }
+    }
+
+    /// Its value (Acquire).
+    #[inline(always)]
+    pub fn load<M: HostMem + ?Sized>(&self, mem: &M) -> Result<u64, MemFault> {
+        match self.cell {
+            Some(c) => Ok(c.load(Ordering::Acquire)),
+            None => mem.load_u64(self.at.frame(), self.at.offset()),
+        }
+    }
+}
+
+impl Default for KnownWord {
+    fn default() -> Self {
+        KnownWord {
+            at: Mpa::new_truncate(0),
+            cell: None,
+        }
+    }
+}
+
+/// Whether each of these has this value.
+#[inline(always)]
+pub fn all_equal<M: HostMem + ?Sized>(mem: &M, words: &[Cell<(KnownWord, u64)>]) -> bool {
+    words.iter().all(|w| {
+        let (word, v) = w.get();
+        word.load(mem) == Ok(v)
+    })
+}
+
+/// The aligned words of `len` bytes at an offset of a frame in the window.
+#[inline(always)]
+fn words(m: Mfn, off: usize, len: usize) -> Option<&'static [AtomicU64]> {
+    if !len.is_multiple_of(8) || len > SHORT || off > PAGE_SIZE - len {
+        return None;
+    }
+    // SAFETY: aligned, within one frame of the window, which is mapped RAM for ever.
+    place(m, off).map(|p| unsafe { core::slice::from_raw_parts(p, len / 8) })
+}
+
+/// So many bytes are copied word by word.
+const SHORT: usize = 96;
+
+/// [`HostMem::read`]
+#[inline(always)]
+pub fn read<M: HostMem + ?Sized>(
+    mem: &M,
+    m: Mfn,
+    off: usize,
+    buf: &mut [u8],
+) -> Result<(), MemFault> {
+    let len = buf.len();
+    if len == 4
+        && let Some(c) = cell32(m, off)
+    {
+        buf.copy_from_slice(&c.load(Ordering::Relaxed).to_ne_bytes());
+        return Ok(());
+    }
+    if let Some(words) = words(m, off, len) {
+        for (to, word) in buf.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+            *to = word.load(Ordering::Relaxed).to_ne_bytes();
+        }
+        return Ok(());
+    }
+    mem.read(m, off, buf)
+}
+
+/// [`HostMem::write`]
+#[inline(always)]
+pub fn write<M: HostMem + ?Sized>(mem: &M, m: Mfn, off: usize, buf: &[u8]) -> Result<(), MemFault> {
+    if let Some(words) = words(m, off, buf.len()) {
+        for (from, word) in buf.as_chunks::<8>().0.iter().zip(words) {
+            word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
+        }
+        return Ok(());
+    }
+    mem.write(m, off, buf)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::FakeMachine;
+    use std::boxed::Box;
+
+    /// The only test of this process that opens the window: others use frames of other numbers.
+    #[test]
+    fn words_in_the_window_are_those_of_memory_and_others_are_left_to_it() {
+        const FIRST: u64 = 0x7_0000;
+        #[repr(align(4096))]
+        struct Frames([AtomicU64; 1024]);
+        let ours: &'static Frames = Box::leak(Box::new(Frames([const { AtomicU64::new(0) }; 1024])));
+        let mfn = |n: u64| Mfn::new(FIRST + n).unwrap();
+        let base = ours.0.as_ptr().expose_provenance().wrapping_sub((FIRST as usize) << PAGE_SHIFT);
+        let mem = FakeMachine::with_ram(std::vec![0x100..0x101, FIRST..FIRST + 3]);
+        let ram: &'static mut [u64] = Box::leak(std::vec![0; FIRST as usize / 64 + 1].into());
+        ram[FIRST as usize / 64] = 3;
+        // SAFETY: two frames, which stay, of atomics.
+        unsafe { open(base, ram) };
+
+        store_u64(&mem, mfn(1), 8, 0x0102_0304_0506_0708).unwrap();
+        assert_eq!(ours.0[513].load(Ordering::Relaxed), 0x0102_0304_0506_0708);
+        assert_eq!(load_u64(&mem, mfn(1), 8), Ok(0x0102_0304_0506_0708));
+        assert_eq!(or_u64(&mem, mfn(1), 8, 0xf0), Ok(0x0102_0304_0506_0708));
+        assert_eq!(and_u64(&mem, mfn(1), 8, 0xff), Ok(0x0102_0304_0506_07f8));
+        assert_eq!(swap_u8(&mem, mfn(1), 8, 1), Ok(0xf8));
+        assert_eq!(cmpxchg_u64(&mem, mfn(1), 8, 2, 3), Ok(1));
+        assert_eq!(cmpxchg_u64(&mem, mfn(1), 8, 1, 3), Ok(1));
+        let known = KnownWord::new(Mpa::new_truncate((FIRST + 1) * 4096 + 8));
+        let elsewhere = KnownWord::new(Mpa::new_truncate((FIRST + 2) * 4096));
+        let both = [Cell::new((known, 3)), Cell::new((elsewhere, 0))];
+        assert!(all_equal(&mem, &both));
+        let mut b = [0; 16];
+        read(&mem, mfn(1), 0, &mut b).unwrap();
+        assert_eq!(b, [0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
+        write(&mem, mfn(0), 4080, &[7; 16]).unwrap();
+        let mut w = [0; 4];
+        read(&mem, mfn(0), 4092, &mut w).unwrap();
+        assert_eq!(w, [7; 4]);
+
+        // Beyond the window and outside of a frame it is the machine that answers.
+        store_u64(&mem, mfn(2), 0, 5).unwrap();
+        assert_eq!(mem.load_u64(mfn(2), 0), Ok(5));
+        assert!(!all_equal(&mem, &both));
+        assert_eq!(load_u64(&mem, Mfn::new(0x100).unwrap(), 0), Ok(0));
+        assert!(load_u64(&mem, Mfn::new(0x200).unwrap(), 0).is_err());
+        assert!(load_u64(&mem, mfn(0), 4096).is_err());
+        assert!(load_u64(&mem, mfn(0), 4).is_err());
+        assert!(read(&mem, mfn(0), 4088, &mut b).is_err());
+        assert!(write(&mem, mfn(0), 4088, &b).is_err());
+    }
+}
