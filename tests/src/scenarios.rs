@@ -5,6 +5,7 @@ use anyhow::{Result, ensure};
 use crate::{Config, Console, Loader, Scenario, Start};
 
 mod abuse;
+mod context;
 mod guests;
 pub mod load;
 pub mod matrix;
@@ -94,6 +95,21 @@ pub const ALL: &[Scenario] = &[
         dom0_ramdisk,
     ),
     Scenario::new(
+        "context",
+        "states that no processor runs are refused by name, and change nothing",
+        Start::Guest("context"),
+        300,
+        context::refusals,
+    ),
+    Scenario::new(
+        "vtx-context",
+        "VT-x: states that no processor runs are refused by name, and change nothing",
+        Start::Guest("context"),
+        400,
+        context::refusals,
+    )
+    .on_bochs("corei7_haswell_4770"),
+    Scenario::new(
         "vtx",
         "VT-x: a guest with console, disk and network by stock xl; all is free at its end",
         Start::Toolstack,
@@ -124,6 +140,16 @@ pub const ALL: &[Scenario] = &[
         abuse::guests,
     )
     .with_micro_guests(),
+    Scenario::new(
+        "vtx-abuse",
+        "VT-x: hostile guests get an errno or their own end; dom0 and all memory are there afterwards",
+        Start::Toolstack,
+        1500,
+        abuse::guests_on_vtx,
+    )
+    .with_micro_guests()
+    .on_bochs("corei7_haswell_4770")
+    .disabled("it takes too long for every run"),
     Scenario::new(
         "multiboot1",
         "on a BIOS, started by multiboot 1, Galvan runs the ramdisk's dom0 as by UEFI",

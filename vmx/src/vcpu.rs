@@ -27,8 +27,8 @@ use galvan_base::fpu::{self, FpuArea};
 use galvan_base::hw::{Exhausted, HwVcpu, VcpuConfig};
 use galvan_base::page::{Pages, Words};
 use galvan_base::state::{
-    ArchState, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME,
-    Event, Gprs, RFLAGS_IF, Seg, Segment,
+    ArchState, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR0_VALID, CR4_LA57, CR4_PAE, EFER_LMA,
+    EFER_LME, Event, Gprs, RFLAGS_IF, Seg, Segment,
 };
 use galvan_base::{CpuId, Mpa};
 
@@ -458,7 +458,7 @@ impl<C: Cpu> Vcpu<C> {
             return false;
         }
         let (new0, new4) = if number == 0 {
-            (v | CR0_ET, cr4)
+            (v & CR0_VALID | CR0_ET, cr4)
         } else {
             (cr0, v)
         };

@@ -10,7 +10,7 @@ use crate::Console;
 const MIB: u32 = 4;
 
 /// From power-on to the prompt of dom0's shell.
-fn to_prompt(c: &mut Console) -> Result<()> {
+pub(super) fn to_prompt(c: &mut Console) -> Result<()> {
     c.expect(r"galvan\.efi: VT-x with EPT", 180)?;
     let cpu = c.expect(r"TSC: (\d+)\.\d+ MHz", 60)?;
     c.expect(r"VT-x: EPT, unrestricted guest", 240)?;
