@@ -126,6 +126,15 @@ pub const ALL: &[Scenario] = &[
     )
     .with_micro_guests(),
     Scenario::new(
+        "vtx-abuse",
+        "VT-x: hostile guests get an errno or their own end; dom0 and all memory are there afterwards",
+        Start::Toolstack,
+        1500,
+        abuse::guests_on_vtx,
+    )
+    .with_micro_guests()
+    .on_bochs("corei7_haswell_4770"),
+    Scenario::new(
         "multiboot1",
         "on a BIOS, started by multiboot 1, Galvan runs the ramdisk's dom0 as by UEFI",
         Start::Ramdisk(DOM0_INIT),

@@ -4,7 +4,7 @@
 
 use anyhow::Result;
 
-use super::{DOM0_INIT, abuse, vtx};
+use super::{DOM0_INIT, vtx};
 use crate::{Config, Console, Loader, Scenario, Start};
 
 /// Seconds that a boot may take: the emulators are slow, and busy hosts make them slower.
@@ -90,15 +90,6 @@ pub const ALL: &[Scenario] = &[
         "then=crash",
         vtx::crash,
     ),
-    Scenario::new(
-        "vtx-abuse",
-        "VT-x: hostile guests get an errno or their own end; dom0 and all memory are there afterwards",
-        Start::Toolstack,
-        2400,
-        abuse::guests_on_vtx,
-    )
-    .with_micro_guests()
-    .on_bochs("corei7_haswell_4770"),
     // Two processors share one thread of the host, in turns of a few instructions.
     Scenario::new(
         "vtx-smp",
