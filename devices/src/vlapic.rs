@@ -261,6 +261,23 @@ impl Vlapic {
         self.irrv = self.irr.highest();
     }
 
+    /// For a processor that ends interrupts by itself: ISR, and those in it whose end matters to somebody
+    /// else, or to an interrupt that waits.
+    #[inline]
+    pub fn in_service(&self) -> ([u64; 4], [u64; 4]) {
+        let (isr, tmr) = (self.isr.0, self.tmr.0);
+        let waits = if self.irrv != 0 { !0 } else { 0 };
+        (isr, core::array::from_fn(|n| isr[n] & (tmr[n] | waits)))
+    }
+
+    /// What is still in service of what such a processor had.
+    #[inline]
+    pub fn set_in_service(&mut self, isr: [u64; 4]) {
+        self.isr.0 = isr;
+        self.isrv = self.isr.highest();
+        self.update_ppr();
+    }
+
     /// WRMSR of one of [`MSR_APIC_BASE`], [`MSR_TSC_DEADLINE`] and [`MSR_X2APIC`]..=
     /// [`MSR_X2APIC_LAST`]. `now` is called only where the timer is concerned.
     #[inline]

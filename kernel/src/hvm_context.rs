@@ -3,9 +3,10 @@
 //! guest.
 //!
 //! Records are written by type, for each type one per vCPU. A vCPU that is down has no CPU record: that
-//! is how the receiver knows. Loading first takes all vCPUs down; each CPU record then resets its
-//! vCPU and brings it up. Each record is read once, checked, and then applied; if one is refused,
-//! those before it have been loaded and the domain is fit only for being destroyed.
+//! is how the receiver knows. A context is read twice. The first time its records are checked: if one is
+//! refused, the domain is as it was. The second time, loading first takes all vCPUs down; each
+//! record is read once, checked again, and then applied, and each CPU record resets its vCPU and brings it
+//! up. Only a context that its owner changes in between can be loaded in part.
 //!
 //! The domain is paused by the caller, so that the state of its vCPUs is in memory.
 //! Called by `domctl` (`gethvmcontext`, `sethvmcontext`).
@@ -36,6 +37,8 @@ pub trait Sink {
 pub trait Source {
     /// Fills `bytes`, or an error. ENODATA at the end.
     fn take(&mut self, bytes: &mut [u8]) -> Result<(), Errno>;
+    /// Goes back to the beginning.
+    fn rewind(&mut self);
 }
 
 /// The longest record: an XSAVE area with everything that processors have so far.
@@ -285,8 +288,21 @@ fn save_xsave(st: &VcpuState, mask: u64, buf: &mut Vec<u8>) {
 ///
 /// # Errors
 /// EINVAL for what no such domain can have saved, and for state that the processor or the domain's
-/// policy does not allow; ENODATA if it ends too early; ENOENT for a vCPU that the domain has not.
+/// policy does not allow, with the reason in the log; ENODATA if it ends too early; ENOENT for a
+/// vCPU that the domain has not. The domain is then as before.
 pub fn load(hv: Hv, d: &Arc<Domain>, from: &mut dyn Source) -> Result<(), Errno> {
+    pass(hv, d, from, false)?;
+    from.rewind();
+    pass(hv, d, from, true)?;
+    // Times are computed from the TSC, which may have changed.
+    for v in d.vcpus() {
+        v.request(hv, request::TIME);
+    }
+    Ok(())
+}
+
+/// Checks all records, and applies each after its check if so told.
+fn pass(hv: Hv, d: &Arc<Domain>, from: &mut dyn Source, apply: bool) -> Result<(), Errno> {
     let mut buf = Vec::new();
     buf.try_reserve_exact(MAX_RECORD)
         .map_err(|_| Errno::ENOMEM)?;
@@ -304,12 +320,15 @@ pub fn load(hv: Hv, d: &Arc<Domain>, from: &mut dyn Source) -> Result<(), Errno>
     {
         return Err(Errno::EINVAL);
     }
-    for v in d.vcpus() {
-        v.blocked.fetch_or(block::DOWN, Ordering::SeqCst);
+    if apply {
+        for v in d.vcpus() {
+            v.blocked.fetch_or(block::DOWN, Ordering::SeqCst);
+        }
     }
     let l = Loader {
         hv,
         d,
+        apply,
         tsc: hv.hw.tsc(),
     };
     loop {
@@ -330,10 +349,6 @@ pub fn load(hv: Hv, d: &Arc<Domain>, from: &mut dyn Source) -> Result<(), Errno>
             );
             return Err(errno);
         }
-    }
-    // Times are computed from the TSC, which may have changed.
-    for v in d.vcpus() {
-        v.request(hv, request::TIME);
     }
     Ok(())
 }
@@ -377,6 +392,8 @@ fn check(ok: bool, why: &'static str) -> Result<(), Refused> {
 struct Loader<'a> {
     hv: Hv,
     d: &'a Arc<Domain>,
+    /// Whether what passes its checks is loaded.
+    apply: bool,
     /// The host's TSC when loading began, so that all vCPUs stay in step.
     tsc: u64,
 }
@@ -395,7 +412,7 @@ impl Loader<'_> {
                 let c = whole(bytes)?;
                 self.load_cpu(v, &mut st, &c)?;
                 drop(st);
-                if v.id == 0 {
+                if self.apply && v.id == 0 {
                     // Those that have no record of their own start with the same TSC.
                     for other in self.d.vcpus().iter().skip(1) {
                         other.state_of_other().tsc_offset = c.tsc.wrapping_sub(self.tsc);
@@ -415,9 +432,14 @@ impl Loader<'_> {
                 let h = hidden.get(v.id as usize).copied().flatten();
                 let h = h.ok_or(Refused(Errno::EINVAL, "LAPIC_REGS before LAPIC"))?;
                 let now = now(self.hv, &st);
-                st.lapic
+                let mut lapic = st.lapic.clone();
+                lapic
                     .load(&h, bytes, now)
                     .map_err(|e| Refused(Errno::EINVAL, e.0))?;
+                if !self.apply {
+                    return Ok(());
+                }
+                st.lapic = lapic;
                 let tpr = st.lapic.cr8();
                 st.hw.set_tpr(tpr);
                 v.apic_view
@@ -430,7 +452,9 @@ impl Loader<'_> {
             SaveCode::VMCE_VCPU => whole::<HvmVmceVcpu>(bytes).map(|_| ()).map_err(Into::into),
             SaveCode::TSC_ADJUST => {
                 let t: HvmTscAdjust = whole(bytes)?;
-                st.msrs.tsc_adjust = t.tsc_adjust;
+                if self.apply {
+                    st.msrs.tsc_adjust = t.tsc_adjust;
+                }
                 Ok(())
             }
             SaveCode::CPU_MSR => self.load_msrs(&mut st, bytes),
@@ -448,9 +472,13 @@ impl Loader<'_> {
             check(s.efer & !efer == 0, "EFER by the policy")?;
         }
         let event = pending_event(c)?;
+        check(c.msr_tsc_aux >> 32 == 0, "TSC_AUX above bit 31")?;
         st.hw
             .check_state(&s)
             .map_err(|why| Refused(Errno::EINVAL, why))?;
+        if !self.apply {
+            return Ok(());
+        }
 
         // What was posted before is of the state that is replaced.
         v.requests.store(0, Ordering::SeqCst);
@@ -510,8 +538,10 @@ impl Loader<'_> {
         {
             check(m.write(index, value, bits), "value of an MTRR")?;
         }
-        check(st.hw.set_msr(PAT, r.msr_pat_cr), "PAT")?;
-        st.msrs.mtrr = m;
+        self.set_msr(st, PAT, r.msr_pat_cr, "PAT")?;
+        if self.apply {
+            st.msrs.mtrr = m;
+        }
         Ok(())
     }
 
@@ -537,6 +567,9 @@ impl Loader<'_> {
             check(present & !policy.xcr0_mask() == 0, "XSTATE_BV")?;
         }
         check(compacted == 0, "compacted format")?;
+        if !self.apply {
+            return Ok(());
+        }
         st.hw.set_xcr0(xcr0);
         st.hw.set_fpu(area);
         Ok(())
@@ -549,15 +582,32 @@ impl Loader<'_> {
             let (m, tail) =
                 HvmOneMsr::read_from_prefix(rest).map_err(|_| Refused(Errno::EINVAL, "length"))?;
             check(m._pad == 0, "reserved field")?;
-            check(st.hw.set_msr(m.index, m.val), "value or number of an MSR")?;
+            self.set_msr(st, m.index, m.val, "value or number of an MSR")?;
             rest = tail;
         }
         check(rest.is_empty(), "length")
+    }
+
+    /// Sets an MSR, or sees whether it could be set.
+    fn set_msr(
+        &self,
+        st: &mut VcpuState,
+        index: u32,
+        value: u64,
+        why: &'static str,
+    ) -> Result<(), Refused> {
+        let old = st.hw.msr(index);
+        check(st.hw.set_msr(index, value), why)?;
+        if let (false, Some(old)) = (self.apply, old) {
+            st.hw.set_msr(index, old);
+        }
+        Ok(())
     }
 }
 
 fn arch_state(c: &HvmHwCpu, pat: Option<u64>) -> Result<ArchState, Refused> {
     let mut s = ArchState::at_reset();
+    // Toolstacks leave the bit that is always set to whoever loads it.
     (s.rip, s.rflags) = (c.rip, c.rflags | 2);
     (s.cr0, s.cr2, s.cr3, s.cr4) = (c.cr0, c.cr2, c.cr3, c.cr4);
     s.efer = c.msr_efer;
@@ -636,27 +686,35 @@ fn event_word(e: Event) -> Option<(u32, u32)> {
 
 /// The event that was being delivered when the vCPU was saved.
 fn pending_event(c: &HvmHwCpu) -> Result<Option<Event>, Refused> {
+    /// The vectors of exceptions that processors have and guests can get.
+    const EXCEPTIONS: u32 = 0x000f_7dfb;
     let e = c.pending_event;
     if e >> 31 == 0 {
         return Ok(None);
     }
     let vector = e as u8;
     let error = (e & 1 << 11 != 0).then_some(c.error_code);
-    Ok(Some(match e >> 8 & 7 {
+    Ok(match e >> 8 & 7 {
         0 => {
             check(vector >= 16, "vector of a pending interrupt")?;
             check(
                 c.rflags & galvan_base::state::RFLAGS_IF != 0,
                 "pending interrupt while disabled",
             )?;
-            Event::Interrupt(vector)
+            Some(Event::Interrupt(vector))
         }
-        2 => Event::Nmi,
+        2 => Some(Event::Nmi),
         3 => {
-            check(vector < 32 && vector != 2, "vector of a pending exception")?;
-            Event::Exception(vector, error)
+            check(
+                vector < 32 && EXCEPTIONS >> vector & 1 != 0,
+                "vector of a pending exception",
+            )?;
+            let code = error.unwrap_or(0);
+            check(code >> 15 == 0, "error code of a pending exception")?;
+            Some(Event::Exception(vector, error))
         }
-        4 | 6 => Event::Software(vector),
+        // RIP is at the instruction, which is executed again: as in what is written here.
+        4..=6 => None,
         _ => return Err(Refused(Errno::EINVAL, "kind of a pending event")),
-    }))
+    })
 }

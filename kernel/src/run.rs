@@ -97,6 +97,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
     let mut quiet = false;
     loop {
         if !quiet {
+            crate::upcall::take_back(cx.st);
             hv.timers.expire(hv, cpu);
             // What is due may post an event, which is then served in the same round.
             let now = crate::time::expire_own(&mut cx);
@@ -145,9 +146,10 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
             hv.hw.take_interrupts();
             continue;
         }
+        let lent = cx.st.lent;
         match exit::handle(&mut cx, exit) {
             Next::Resume => {}
-            Next::Quiet => quiet = true,
+            Next::Quiet => quiet = lent == cx.st.lent,
             Next::Yield => {
                 hv.sched.yield_turn(hv, cpu);
                 break;
@@ -164,6 +166,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
             }
         }
     }
+    crate::upcall::take_back(cx.st);
     crate::time::scheduled_out(&mut cx);
     me.note(cx.st.hw.take_counts());
     cx.st.hw.unload();

@@ -5,11 +5,13 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use galvan_base::direct;
+use galvan_base::hw::InService;
 use galvan_base::state::{Event, RFLAGS_IF};
+use galvan_devices::vlapic::Mode;
 
 use crate::guest_access::Cx;
 use crate::hv::Hv;
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Vcpu, VcpuState};
 
 /// An event of this vCPU has become pending: sets `evtchn_upcall_pending` and, if it was clear,
 /// raises the upcall.
@@ -43,8 +45,19 @@ pub fn recheck(hv: Hv, v: &Arc<Vcpu>) {
 
 /// Decides what is injected at the next entry. False if the vCPU is halted and nothing can end
 /// that: it must not be entered.
+///
+/// A processor that can end interrupts by itself is lent those in service while the local APIC is in
+/// x2APIC mode. Those that wait stay here: see `docs/emulators.md` on what Bochs does with them.
 pub fn prepare_entry(cx: &mut Cx<'_>) -> bool {
     let st = &mut *cx.st;
+    let enter = choose_event(st);
+    if enter && st.ends_interrupts {
+        lend(st);
+    }
+    enter
+}
+
+fn choose_event(st: &mut VcpuState) -> bool {
     if st.nmi_pending && !st.nmi_blocked && !st.hw.event_pending() && !st.hw.shadow() {
         st.nmi_pending = false;
         st.halted = false;
@@ -65,6 +78,25 @@ pub fn prepare_entry(cx: &mut Cx<'_>) -> bool {
         }
     }
     !st.halted
+}
+
+/// Lends the interrupts in service to the processor.
+fn lend(st: &mut VcpuState) {
+    st.lent = st.lapic.mode() == Mode::X2Apic;
+    let (vectors, exits) = st.lapic.in_service();
+    let lent = InService { vectors, exits };
+    st.hw.lend_interrupts(st.lent.then_some(&lent));
+}
+
+/// Takes the interrupts in service back from the processor, if it has them. Before every use of the local
+/// APIC: they are lent anew before the next entry.
+#[inline]
+pub fn take_back(st: &mut VcpuState) {
+    if st.lent {
+        st.lent = false;
+        let vectors = st.hw.in_service();
+        st.lapic.set_in_service(vectors);
+    }
 }
 
 /// Whether a halted vCPU can still be woken by an ordinary interrupt.

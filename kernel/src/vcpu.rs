@@ -126,6 +126,10 @@ pub struct VcpuState {
     pub hw: Box<dyn HwVcpu>,
     /// Local APIC.
     pub lapic: Vlapic,
+    /// The processor can end the interrupts of the local APIC by itself.
+    pub ends_interrupts: bool,
+    /// It has those in service: `lapic` is out of date until [`crate::upcall::take_back`].
+    pub lent: bool,
     /// Deadlines.
     pub timers: VcpuTimers,
     /// HLT or SCHEDOP_block is in effect: do not enter before an interrupt can be taken.
@@ -217,6 +221,8 @@ impl Vcpu {
             info_page: RankedLock::new(None),
             state: RankedLock::new(VcpuState {
                 regs: Gprs::default(),
+                ends_interrupts: hw.ends_interrupts(),
+                lent: false,
                 hw,
                 lapic,
                 timers: VcpuTimers::default(),

@@ -3,7 +3,8 @@
 //! Consistency Checks", "Segment State in the VMCB".)
 
 use galvan_base::state::{
-    ArchState, CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, SEGS, Seg, Segment,
+    ArchState, CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_VALID, CR4_PAE, EFER_LMA, EFER_LME, SEGS, Seg,
+    Segment, rip_fits,
 };
 
 pub use galvan_base::state::{
@@ -25,13 +26,19 @@ mod attr {
     pub(super) const GRANULARITY: u16 = 1 << 11;
 }
 
-/// Whether VMRUN takes this state, or why not.
+/// CR4.PCIDE
+const CR4_PCIDE: u64 = 1 << 17;
+
+/// Whether VMRUN takes this state, or why not; and whether a processor can have got into it as far as
+/// modes go, which VMRUN does not check. It takes any attributes of segments but those of CS that
+/// contradict each other.
 pub fn validate(s: &ArchState, caps: &Caps) -> Result<(), &'static str> {
     let check = |ok: bool, why: &'static str| if ok { Ok(()) } else { Err(why) };
     let paging = s.cr0 & CR0_PG != 0;
     let long = s.efer & EFER_LME != 0 && paging;
 
     check(s.cr0 >> 32 == 0, "CR0 above bit 31")?;
+    check(s.cr0 & !CR0_VALID == 0, "CR0 reserved bits")?;
     check(
         s.cr0 & CR0_CD != 0 || s.cr0 & CR0_NW == 0,
         "CR0.NW without CR0.CD",
@@ -47,6 +54,15 @@ pub fn validate(s: &ArchState, caps: &Caps) -> Result<(), &'static str> {
     check(
         !long || s.cr4 & CR4_PAE != 0,
         "long mode without physical address extension",
+    )?;
+    check(
+        long || s.cr4 & CR4_PCIDE == 0,
+        "CR4.PCIDE outside long mode",
+    )?;
+    check(s.rflags == rflags(s.rflags), "RFLAGS reserved bits")?;
+    check(
+        s.rflags & RFLAGS_VM == 0 || s.cr0 & CR0_PE != 0 && !long,
+        "RFLAGS.VM outside protected mode",
     )?;
     let cs = s.seg[Seg::Cs as usize].attr;
     check(
@@ -65,7 +81,15 @@ pub fn validate(s: &ArchState, caps: &Caps) -> Result<(), &'static str> {
             && is_canonical(s.syscall[2], bits)
             && is_canonical(s.kernel_gs_base, bits),
         "address not canonical",
-    )
+    )?;
+    for which in [Seg::Gdtr, Seg::Idtr] {
+        check(
+            s.seg[which as usize].limit >> 16 == 0,
+            "limit of a descriptor table",
+        )?;
+    }
+    let code_64 = long && cs & attr::LONG != 0;
+    check(rip_fits(s.rip, code_64, linear_bits(caps.cr4_valid)), "RIP")
 }
 
 /// The privilege level of a state: SS's in protected mode.
@@ -161,6 +185,7 @@ mod tests {
             validate(&s, &c).unwrap_err()
         };
         assert_eq!(why(|s| s.cr0 |= 1 << 32), "CR0 above bit 31");
+        assert_eq!(why(|s| s.cr0 |= 1 << 28), "CR0 reserved bits");
         assert_eq!(why(|s| s.cr0 |= CR0_NW), "CR0.NW without CR0.CD");
         assert_eq!(why(|s| s.cr0 &= !CR0_PE), "CR0.PG without CR0.PE");
         assert_eq!(why(|s| s.cr3 = 1 << 48), "CR3 reserved bits");
@@ -186,11 +211,45 @@ mod tests {
         assert_eq!(why(|s| s.dr6 |= 1 << 32), "DR6 above bit 31");
         assert_eq!(why(|s| s.dr7 |= 1 << 63), "DR7 above bit 31");
         assert_eq!(why(|s| s.pat = 2), "PAT memory type");
+        for change in [
+            (|s| s.syscall[1] = 1 << 63) as fn(&mut ArchState),
+            |s| s.syscall[2] = 1 << 47,
+            |s| s.sysenter[1] = 1 << 47,
+            |s| s.sysenter[2] = 1 << 47,
+            |s| s.kernel_gs_base = 1 << 47,
+        ] {
+            assert_eq!(why(change), "address not canonical");
+        }
+        for which in ALL_SEGMENTS {
+            let mut s = long_mode();
+            s.seg[which as usize].base = 1 << 47;
+            assert_eq!(validate(&s, &c), Err("address not canonical"), "{which:?}");
+        }
         assert_eq!(
-            why(|s| s.seg[Seg::Gs as usize].base = 1 << 47),
-            "address not canonical"
+            why(|s| {
+                s.efer = 0;
+                s.cr4 |= CR4_PCIDE;
+            }),
+            "CR4.PCIDE outside long mode"
         );
-        assert_eq!(why(|s| s.syscall[1] = 1 << 63), "address not canonical");
+        assert_eq!(why(|s| s.rflags |= 1 << 15), "RFLAGS reserved bits");
+        assert_eq!(why(|s| s.rflags = 0), "RFLAGS reserved bits");
+        assert_eq!(
+            why(|s| s.rflags |= RFLAGS_VM),
+            "RFLAGS.VM outside protected mode"
+        );
+        assert_eq!(
+            why(|s| s.seg[Seg::Idtr as usize].limit = 0x1_0000),
+            "limit of a descriptor table"
+        );
+        assert_eq!(why(|s| s.rip = 1 << 48), "RIP");
+        assert_eq!(
+            why(|s| {
+                s.seg[Seg::Cs as usize].attr = 0xc9b;
+                s.rip = 1 << 32;
+            }),
+            "RIP"
+        );
     }
 
     #[test]

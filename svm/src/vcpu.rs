@@ -18,7 +18,7 @@ use core::fmt;
 
 use galvan_base::exit::Exit;
 use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, VcpuConfig};
-use galvan_base::state::{ArchState, EFER_SVME, Event, Gprs, Seg, Segment};
+use galvan_base::state::{ArchState, CR0_VALID, EFER_SVME, Event, Gprs, Seg, Segment};
 use galvan_base::{CpuId, Mpa};
 
 use crate::caps::Features;
@@ -529,7 +529,8 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         ArchState {
             rip: v.rip.get(),
             rflags: v.rflags.get(),
-            cr0: v.cr0.get(),
+            // An emulated processor may keep bits that are none.
+            cr0: v.cr0.get() & CR0_VALID,
             cr2: v.cr2.get(),
             cr3: v.cr3.get(),
             cr4: v.cr4.get(),

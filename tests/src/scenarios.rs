@@ -5,6 +5,7 @@ use anyhow::{Result, ensure};
 use crate::{Config, Console, Loader, Scenario, Start};
 
 mod abuse;
+mod context;
 mod guests;
 pub mod load;
 pub mod matrix;
@@ -94,6 +95,21 @@ pub const ALL: &[Scenario] = &[
         dom0_ramdisk,
     ),
     Scenario::new(
+        "context",
+        "states that no processor runs are refused by name, and change nothing",
+        Start::Guest("context"),
+        300,
+        context::refusals,
+    ),
+    Scenario::new(
+        "vtx-context",
+        "VT-x: states that no processor runs are refused by name, and change nothing",
+        Start::Guest("context"),
+        400,
+        context::refusals,
+    )
+    .on_bochs("corei7_haswell_4770"),
+    Scenario::new(
         "vtx",
         "VT-x: a guest with console, disk and network by stock xl; all is free at its end",
         Start::Toolstack,
@@ -102,21 +118,6 @@ pub const ALL: &[Scenario] = &[
     )
     .on_bochs("corei7_haswell_4770"),
     Scenario::new(
-        "vtx-smp",
-        "VT-x: two processors, a BIOS and GRUB; dom0 runs on both and switches the machine off",
-        Start::Ramdisk(DOM0_INIT),
-        1200,
-        vtx::two_processors,
-    )
-    .on_bochs("corei7_haswell_4770")
-    .smp(2)
-    .by(Loader::GrubBios)
-    .config(Config::Usual {
-        options: "dom0_max_vcpus=2",
-        cmdline: "",
-    })
-    .disabled("the same was seen to work by hand, but the scenario not yet to its end"),
-    Scenario::new(
         "abuse",
         "hostile guests get an errno or their own end; dom0 and all memory are there afterwards",
         Start::Toolstack,
@@ -124,6 +125,15 @@ pub const ALL: &[Scenario] = &[
         abuse::guests,
     )
     .with_micro_guests(),
+    Scenario::new(
+        "vtx-abuse",
+        "VT-x: hostile guests get an errno or their own end; dom0 and all memory are there afterwards",
+        Start::Toolstack,
+        1500,
+        abuse::guests_on_vtx,
+    )
+    .with_micro_guests()
+    .on_bochs("corei7_haswell_4770"),
     Scenario::new(
         "multiboot1",
         "on a BIOS, started by multiboot 1, Galvan runs the ramdisk's dom0 as by UEFI",

@@ -8,6 +8,10 @@
 //! - TSC_AUX: reads only; it is switched with the vCPU, and a write must be noted for that.
 //! - EFER, PAT, APIC_BASE, x2APIC registers and the TSC exit.
 //!
+//! A second one serves vCPUs whose interrupts the processor ends by itself, in x2APIC mode: it lets
+//! writes of EOI through too and, where the processor reads registers by itself, reads of ISR. TPR exits
+//! there as well: only its upper half is in the virtual-APIC page.
+//!
 //! There are two pairs of I/O bitmaps: one in which every port exits, and the hardware domain's,
 //! which can be changed at any time. (Intel SDM "MSR-Bitmap Address", "I/O-Bitmap Addresses".)
 
@@ -63,6 +67,18 @@ impl MsrMap {
             map.allow(msr::TSC_AUX, 0);
         }
         Ok(map)
+    }
+
+    /// Lets through what the processor does by itself where it ends interrupts; with `reads`, it reads
+    /// registers, too.
+    pub fn with_virtual_eoi(self, reads: bool) -> Self {
+        self.allow(msr::X2APIC_EOI, WRITES);
+        if reads {
+            for n in 0..8 {
+                self.allow(msr::X2APIC_ISR + n, 0);
+            }
+        }
+        self
     }
 
     fn allow(&self, index: u32, part: usize) {
@@ -188,6 +204,25 @@ mod tests {
         assert_eq!(m.exits(0x4000_0000), (true, true));
         let m = MsrMap::new(testing::source(), false).unwrap();
         assert_eq!(m.exits(msr::TSC_AUX), (true, true));
+    }
+
+    #[test]
+    fn a_processor_that_ends_interrupts_gets_their_end_and_may_show_them() {
+        let plain = MsrMap::new(testing::source(), true).unwrap();
+        for reads in [false, true] {
+            let m = MsrMap::new(testing::source(), true)
+                .unwrap()
+                .with_virtual_eoi(reads);
+            for index in 0..0x2000 {
+                let by_reading = matches!(index, 0x810..=0x817);
+                let expected = match index {
+                    0x80b => (true, false),
+                    _ if reads && by_reading => (false, true),
+                    _ => plain.exits(index),
+                };
+                assert_eq!(m.exits(index), expected, "{index:#x}");
+            }
+        }
     }
 
     #[test]

@@ -21,6 +21,10 @@ bitflags::bitflags! {
         const VPID = 1 << 0;
         /// PAUSEs in a tight loop exit.
         const PAUSE_LOOP = 1 << 1;
+        /// In x2APIC mode the processor ends interrupts by itself.
+        const VIRTUAL_EOI = 1 << 2;
+        /// There it reads registers of the local APIC by itself.
+        const APIC_REGISTERS = 1 << 3;
     }
 }
 
@@ -30,6 +34,7 @@ impl Features {
         Some(match name {
             "vpid" => Self::VPID,
             "pausefilter" => Self::PAUSE_LOOP,
+            "apicv" => Self::VIRTUAL_EOI.union(Self::APIC_REGISTERS),
             _ => return None,
         })
     }
@@ -125,12 +130,18 @@ pub mod secondary {
     pub const EPT: u32 = 1 << 1;
     /// RDTSCP and RDPID work.
     pub const RDTSCP: u32 = 1 << 3;
+    /// The MSRs of the x2APIC are in the virtual-APIC page.
+    pub const VIRTUAL_X2APIC: u32 = 1 << 4;
     /// Tagged translations.
     pub const VPID: u32 = 1 << 5;
     /// WBINVD exits.
     pub const WBINVD: u32 = 1 << 6;
     /// Guests without paging and protection.
     pub const UNRESTRICTED: u32 = 1 << 7;
+    /// Reads of all registers in the virtual-APIC page.
+    pub const APIC_REGISTERS: u32 = 1 << 8;
+    /// The processor delivers interrupts and evaluates priorities.
+    pub const INTERRUPT_DELIVERY: u32 = 1 << 9;
     /// PAUSE in a loop exits.
     pub const PAUSE_LOOP: u32 = 1 << 10;
     /// INVPCID works.
@@ -348,6 +359,22 @@ pub struct Caps {
     pub length_0: bool,
 }
 
+impl Caps {
+    /// The secondary controls by which the processor ends interrupts by itself, if it can: those of
+    /// virtual-interrupt delivery.
+    pub fn virtual_eoi(&self) -> u32 {
+        if !self.features.contains(Features::VIRTUAL_EOI) {
+            0
+        } else if self.features.contains(Features::APIC_REGISTERS) {
+            DELIVERY | secondary::APIC_REGISTERS
+        } else {
+            DELIVERY
+        }
+    }
+}
+
+const DELIVERY: u32 = secondary::VIRTUAL_X2APIC | secondary::INTERRUPT_DELIVERY;
+
 /// What an administrator or a report wants to know: the options that are in use, and those that the
 /// processor lacks or `no=` took away.
 impl fmt::Display for Caps {
@@ -357,6 +384,11 @@ impl fmt::Display for Caps {
             (
                 self.features.contains(Features::PAUSE_LOOP),
                 "pause-loop exiting",
+            ),
+            (self.features.contains(Features::VIRTUAL_EOI), "virtual EOI"),
+            (
+                self.features.contains(Features::APIC_REGISTERS),
+                "APIC-register virtualization",
             ),
             (self.largest_page == PageOrder::P1G, "1 GiB pages"),
             (self.xsave.is_some(), "XSAVE"),
@@ -444,7 +476,12 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
         Features::PAUSE_LOOP,
         may(raw.secondary, secondary::PAUSE_LOOP),
     );
+    features.set(Features::VIRTUAL_EOI, may(raw.secondary, DELIVERY));
     features.remove(off);
+    features.set(
+        Features::APIC_REGISTERS,
+        may(raw.secondary, secondary::APIC_REGISTERS) && features.contains(Features::VIRTUAL_EOI),
+    );
 
     let mut wants = secondary::RDTSCP | secondary::WBINVD | secondary::INVPCID | secondary::ENCLS;
     if features.contains(Features::VPID) {

@@ -63,6 +63,8 @@ pub mod reason {
     pub const MONITOR: u32 = 39;
     /// PAUSE.
     pub const PAUSE: u32 = 40;
+    /// EOI of one of the interrupts of which that is to be told.
+    pub const EOI: u32 = 45;
     /// EPT violation.
     pub const EPT_VIOLATION: u32 = 48;
     /// EPT misconfiguration.
@@ -177,6 +179,7 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
         reason::HLT => Exit::Hlt(len()),
         reason::INTERRUPT | reason::INIT => Exit::Interrupt,
         reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
+        reason::EOI => Exit::Eoi(read(field::QUALIFICATION) as u8),
         reason::PAUSE => Exit::Pause(len()),
         reason::XSETBV => Exit::Xsetbv(len()),
         reason::WBINVD | reason::INVD => Exit::Wbinvd(len()),

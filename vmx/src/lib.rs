@@ -63,6 +63,10 @@ pub mod msr {
     pub const SYSENTER_EIP: u32 = 0x176;
     /// Page attribute table.
     pub const PAT: u32 = 0x277;
+    /// x2APIC: end of interrupt.
+    pub const X2APIC_EOI: u32 = 0x80b;
+    /// x2APIC: the first of eight registers of interrupts in service.
+    pub const X2APIC_ISR: u32 = 0x810;
     /// Commands to the branch predictor.
     pub const PRED_CMD: u32 = 0x49;
     /// Forget indirect branch predictions.

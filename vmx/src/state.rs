@@ -3,8 +3,8 @@
 //! State".)
 
 use galvan_base::state::{
-    ArchState, CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, RFLAGS_VM, SEGS, Seg,
-    Segment, is_canonical, linear_bits, pat_is_valid,
+    ArchState, CR0_CD, CR0_NW, CR0_PE, CR0_PG, CR0_VALID, CR4_PAE, EFER_LMA, EFER_LME, RFLAGS_VM,
+    SEGS, Seg, Segment, is_canonical, linear_bits, pat_is_valid, rflags, rip_fits,
 };
 
 use crate::caps::Caps;
@@ -107,6 +107,7 @@ pub fn validate(s: &ArchState, caps: &Caps) -> Result<(), &'static str> {
     let long = s.efer & EFER_LME != 0 && paging;
 
     check(s.cr0 >> 32 == 0, "CR0 above bit 31")?;
+    check(s.cr0 & !CR0_VALID == 0, "CR0 reserved bits")?;
     check(
         s.cr0 & CR0_CD != 0 || s.cr0 & CR0_NW == 0,
         "CR0.NW without CR0.CD",
@@ -140,7 +141,10 @@ pub fn validate(s: &ArchState, caps: &Caps) -> Result<(), &'static str> {
         "address not canonical",
     )?;
     check(s.sysenter[0] >> 32 == 0, "SYSENTER_CS above bit 31")?;
+    // Not a check of entry: the MSR itself would refuse it before.
+    check(s.syscall[3] >> 32 == 0, "SFMASK above bit 31")?;
 
+    check(s.rflags == rflags(s.rflags), "RFLAGS reserved bits")?;
     let virtual_8086 = s.rflags & RFLAGS_VM != 0;
     check(
         !virtual_8086 || s.cr0 & CR0_PE != 0 && !long,
@@ -164,17 +168,7 @@ pub fn validate(s: &ArchState, caps: &Caps) -> Result<(), &'static str> {
     )?;
 
     let code_64 = long && s.seg[Seg::Cs as usize].attr & attr::LONG != 0;
-    check(rip_fits(s.rip, code_64, caps), "RIP")
-}
-
-/// Whether entry takes this instruction pointer.
-pub fn rip_fits(rip: u64, code_64: bool, caps: &Caps) -> bool {
-    if code_64 {
-        // The bit below may differ: it does just after the last instruction of the lower half.
-        matches!((rip as i64) >> linear_bits(caps.cr4_valid), 0 | -1)
-    } else {
-        rip >> 32 == 0
-    }
+    check(rip_fits(s.rip, code_64, linear_bits(caps.cr4_valid)), "RIP")
 }
 
 fn code_and_data(s: &ArchState, long: bool) -> Result<(), &'static str> {
@@ -314,6 +308,7 @@ mod tests {
             validate(&s, &c).unwrap_err()
         };
         assert_eq!(why(|s| s.cr0 |= 1 << 32), "CR0 above bit 31");
+        assert_eq!(why(|s| s.cr0 |= 1 << 28), "CR0 reserved bits");
         assert_eq!(why(|s| s.cr0 |= CR0_NW), "CR0.NW without CR0.CD");
         assert_eq!(why(|s| s.cr0 &= !CR0_PE), "CR0.PG without CR0.PE");
         assert_eq!(why(|s| s.cr3 = 1 << 48), "CR3 reserved bits");
@@ -338,8 +333,20 @@ mod tests {
         assert_eq!(why(|s| s.dr6 |= 1 << 32), "DR6 above bit 31");
         assert_eq!(why(|s| s.dr7 |= 1 << 63), "DR7 above bit 31");
         assert_eq!(why(|s| s.pat = 2), "PAT memory type");
-        assert_eq!(why(|s| s.syscall[1] = 1 << 63), "address not canonical");
+        for change in [
+            (|s| s.syscall[1] = 1 << 63) as fn(&mut ArchState),
+            |s| s.syscall[2] = 1 << 47,
+            |s| s.sysenter[1] = 1 << 47,
+            |s| s.sysenter[2] = 1 << 47,
+            |s| s.kernel_gs_base = 1 << 47,
+        ] {
+            assert_eq!(why(change), "address not canonical");
+        }
         assert_eq!(why(|s| s.sysenter[0] = 1 << 32), "SYSENTER_CS above bit 31");
+        assert_eq!(why(|s| s.syscall[3] = 1 << 32), "SFMASK above bit 31");
+        assert_eq!(why(|s| s.rflags |= 1 << 3), "RFLAGS reserved bits");
+        assert_eq!(why(|s| s.rflags |= 1 << 22), "RFLAGS reserved bits");
+        assert_eq!(why(|s| s.rflags = 0), "RFLAGS reserved bits");
         assert_eq!(
             why(|s| s.rflags |= RFLAGS_VM),
             "RFLAGS.VM outside protected mode"
@@ -368,7 +375,15 @@ mod tests {
             why(Seg::Ds, |g| g.base = 1 << 32),
             "segment base above bit 31"
         );
-        assert_eq!(why(Seg::Gs, |g| g.base = 1 << 47), "address not canonical");
+        for which in [Seg::Fs, Seg::Gs, Seg::Tr, Seg::Ldtr, Seg::Gdtr, Seg::Idtr] {
+            assert_eq!(why(which, |g| g.base = 1 << 47), "address not canonical");
+        }
+        assert_eq!(why(Seg::Tr, |g| g.limit = 0x12_3456), "TR limit");
+        assert_eq!(why(Seg::Ldtr, |g| g.limit = 0x12_3456), "LDTR limit");
+        assert_eq!(
+            why(Seg::Cs, |g| g.base = 1 << 32),
+            "segment base above bit 31"
+        );
         assert_eq!(why(Seg::Tr, |g| g.attr = 0), "TR not present");
         assert_eq!(why(Seg::Tr, |g| g.attr = 0x82), "TR type");
         assert_eq!(why(Seg::Tr, |g| g.sel = 4), "TR selector");

@@ -16,19 +16,26 @@
 //!   ever, with no instruction boundary at which an interrupt would be taken. The policy injects
 //!   them again.
 //!
+//! Where the processor can, it ends interrupts by itself while the guest's local APIC is in x2APIC mode: ISR is
+//! then in the virtual-APIC page, and whoever owns the local APIC lends and takes back what is in it. The
+//! page is memory like any other, so it can be read wherever the VMCS is. No interrupt waits there
+//! (RVI is 0): all are injected. (Intel SDM "APIC Virtualization and Virtual Interrupts".)
+//!
 //! Translations are tagged by the tables' address and the VPID, which each vCPU has for itself. What
 //! a CPU knows of a vCPU that comes from another is forgotten, that is everything under its tables:
 //! so a VPID can be a number modulo 2^16.
 
 use core::fmt;
+use core::sync::atomic::AtomicU64;
+use core::sync::atomic::Ordering::Relaxed;
 
 use galvan_base::exit::Exit;
 use galvan_base::fpu::{self, FpuArea};
-use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, VcpuConfig};
+use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, InService, VcpuConfig};
 use galvan_base::page::{Pages, Words};
 use galvan_base::state::{
-    ArchState, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR4_LA57, CR4_PAE, EFER_LMA, EFER_LME,
-    Event, Gprs, RFLAGS_IF, Seg, Segment,
+    ArchState, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR0_VALID, CR4_LA57, CR4_PAE, EFER_LMA,
+    EFER_LME, Event, Gprs, RFLAGS_IF, Seg, Segment,
 };
 use galvan_base::{CpuId, Mpa};
 
@@ -70,6 +77,8 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 /// The part of the virtual-APIC page with the TPR, in words.
 const TPR_WORD: usize = 0x80 / 8;
+/// ISR in it: eight registers of 32 bits each, 16 bytes apart.
+const ISR_WORD: usize = 0x100 / 8;
 /// EPTP: write-back, four levels.
 const EPTP_FLAGS: u64 = 6 | 3 << 3;
 
@@ -97,6 +106,10 @@ pub struct Vcpu<C: Cpu = Real> {
     launched: bool,
     host_rsp: u64,
     apic: Pages<Words<512>>,
+    /// The processor ends the guest's interrupts by itself.
+    virtual_eoi: bool,
+    /// The vectors whose EOI exits then.
+    eoi_exits: [u64; 4],
     /// The CPU on which it is loaded.
     on: Option<&'static PerCpu>,
     /// The CPU on which it was loaded last.
@@ -135,6 +148,8 @@ impl<C: Cpu> Vcpu<C> {
             launched: false,
             host_rsp: 0,
             apic: Pages::new(vmx.host)?,
+            virtual_eoi: false,
+            eoi_exits: [0; 4],
             on: None,
             last: None,
             stale: Stale::Tables,
@@ -181,17 +196,53 @@ impl<C: Cpu> Vcpu<C> {
         !self.vmx.caps.cr4_valid | CR4_MCE
     }
 
+    /// The secondary controls for as long as the processor does not end interrupts.
+    fn secondary(&self) -> u32 {
+        let all = self.vmx.caps.controls.secondary;
+        // The hardware domain's devices may not snoop caches; other domains need not slow down
+        // their neighbours.
+        if self.hardware_domain {
+            all & !secondary::WBINVD
+        } else {
+            all
+        }
+    }
+
+    /// Has the processor end interrupts from the next entry on, or not. The VMCS is current.
+    #[cold]
+    fn switch_eoi(&mut self, on: bool) {
+        let c = self.vmx.cpu;
+        let (more, msrs) = match &self.vmx.eoi_msrs {
+            Some(msrs) if on => (self.vmx.caps.virtual_eoi(), msrs),
+            _ => (0, &self.vmx.msrs),
+        };
+        c.vmwrite(field::SECONDARY, u64::from(self.secondary() | more));
+        c.vmwrite(field::MSR_BITMAP, msrs.mpa().get());
+        if on {
+            self.write_eoi_exits([0; 4]);
+        }
+        self.virtual_eoi = on;
+    }
+
+    #[cold]
+    fn write_eoi_exits(&mut self, vectors: [u64; 4]) {
+        for (f, v) in (field::EOI_EXITS..).step_by(2).zip(vectors) {
+            self.vmx.cpu.vmwrite(f, v);
+        }
+        self.eoi_exits = vectors;
+    }
+
+    /// The word of the virtual-APIC page with ISR's `n`th 32 bits.
+    fn isr_word(&self, n: usize) -> Option<&AtomicU64> {
+        self.apic.get(ISR_WORD + n * 2)
+    }
+
     /// Writes the fields that never change, into a VMCS that the processor has not seen before.
     #[cold]
     fn configure(&mut self) {
         let c = self.vmx.cpu;
         let caps = &self.vmx.caps;
-        let mut second = caps.controls.secondary;
-        // The hardware domain's devices may not snoop caches; other domains need not slow down
-        // their neighbours.
-        if self.hardware_domain && second & secondary::WBINVD != 0 {
-            second &= !secondary::WBINVD;
-        }
+        let second = self.secondary();
         let ports = if self.hardware_domain {
             &self.vmx.hwdom_ports
         } else {
@@ -461,7 +512,7 @@ impl<C: Cpu> Vcpu<C> {
             return false;
         }
         let (new0, new4) = if number == 0 {
-            (v | CR0_ET, cr4)
+            (v & CR0_VALID | CR0_ET, cr4)
         } else {
             (cr0, v)
         };
@@ -710,7 +761,6 @@ impl<C: Cpu> Vcpu<C> {
 
 impl<C: Cpu> HwVcpu for Vcpu<C> {
     fn load(&mut self) {
-        use core::sync::atomic::Ordering::Relaxed;
         if self.on.is_some() {
             return;
         }
@@ -1108,9 +1158,46 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.controls(primary::INTERRUPT_WINDOW, wanted);
     }
 
+    fn ends_interrupts(&self) -> bool {
+        self.vmx.caps.virtual_eoi() != 0
+    }
+
+    fn lend_interrupts(&mut self, i: Option<&InService>) {
+        if self.on.is_none() || !self.ends_interrupts() {
+            debug_assert!(false, "interrupts lent to a processor that ends none");
+            return;
+        }
+        if i.is_some() != self.virtual_eoi {
+            self.switch_eoi(i.is_some());
+        }
+        let Some(i) = i else { return };
+        if i.exits != self.eoi_exits {
+            self.write_eoi_exits(i.exits);
+        }
+        let mut highest = 0;
+        for (n, word) in (0..).zip(i.vectors) {
+            for (half, bits) in [(0, word & 0xffff_ffff), (1, word >> 32)] {
+                if let Some(w) = self.isr_word(2 * n + half) {
+                    w.store(bits, Relaxed);
+                }
+            }
+            if word != 0 {
+                highest = n as u64 * 64 + u64::from(63 - word.leading_zeros());
+            }
+        }
+        self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, highest << 8);
+    }
+
+    fn in_service(&self) -> [u64; 4] {
+        let half = |n: usize| {
+            let word = self.isr_word(n);
+            word.map_or(0, |w| w.load(Relaxed) & 0xffff_ffff)
+        };
+        core::array::from_fn(|n| half(2 * n) | half(2 * n + 1) << 32)
+    }
+
     #[inline]
     fn tpr(&self) -> u8 {
-        use core::sync::atomic::Ordering::Relaxed;
         self.apic
             .get(TPR_WORD)
             .map_or(0, |w| (w.load(Relaxed) >> 4) as u8 & 15)
@@ -1118,7 +1205,6 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
 
     #[inline]
     fn set_tpr(&mut self, v: u8) {
-        use core::sync::atomic::Ordering::Relaxed;
         if let Some(w) = self.apic.get(TPR_WORD) {
             w.store(u64::from(v & 15) << 4, Relaxed);
         }

@@ -18,6 +18,8 @@ use crate::insn::Cpu;
 pub mod field {
     /// Tag of the guest's translations.
     pub const VPID: u32 = 0x0000;
+    /// Highest interrupt that waits, and above it the highest in service.
+    pub const INTERRUPT_STATUS: u32 = 0x0810;
     /// First I/O bitmap; the second follows.
     pub const IO_BITMAP_A: u32 = 0x2000;
     /// Second I/O bitmap.
@@ -28,6 +30,8 @@ pub mod field {
     pub const VIRTUAL_APIC: u32 = 0x2012;
     /// Root and kind of the extended page tables.
     pub const EPTP: u32 = 0x201a;
+    /// Vectors whose EOI exits: the first 64; three more follow, two apart.
+    pub const EOI_EXITS: u32 = 0x201c;
     /// Which ENCLS functions exit.
     pub const ENCLS_BITMAP: u32 = 0x202e;
     /// Guest physical address of an EPT violation.

@@ -8,7 +8,7 @@ use galvan_base::page::PageSource;
 use galvan_base::{CpuId, Mpa, PageOrder};
 
 use crate::bitmap::{IoMap, MsrMap};
-use crate::caps::Caps;
+use crate::caps::{Caps, Features};
 use crate::insn::{Cpu, Real};
 use crate::percpu::PerCpu;
 use crate::vcpu::Vcpu;
@@ -30,6 +30,8 @@ pub struct Vmx<C: Cpu = Real> {
     pub(crate) caps: Caps,
     pub(crate) host: &'static dyn Host,
     pub(crate) msrs: MsrMap,
+    /// For vCPUs whose interrupts the processor ends by itself, if it can.
+    pub(crate) eoi_msrs: Option<MsrMap>,
     pub(crate) no_ports: IoMap,
     pub(crate) hwdom_ports: IoMap,
     cpus: Box<[PerCpu]>,
@@ -39,11 +41,18 @@ pub struct Vmx<C: Cpu = Real> {
 impl<C: Cpu> Vmx<C> {
     /// For a machine of `cpus` CPUs.
     pub fn new(cpu: C, host: &'static dyn Host, caps: Caps, cpus: u32) -> Result<Self, Exhausted> {
+        let eoi_msrs = if caps.virtual_eoi() != 0 {
+            let reads = caps.features.contains(Features::APIC_REGISTERS);
+            Some(MsrMap::new(host, caps.tsc_aux)?.with_virtual_eoi(reads))
+        } else {
+            None
+        };
         Ok(Vmx {
             cpu,
             caps,
             host,
             msrs: MsrMap::new(host, caps.tsc_aux)?,
+            eoi_msrs,
             no_ports: IoMap::new(host)?,
             hwdom_ports: IoMap::new(host)?,
             cpus: (0..cpus)

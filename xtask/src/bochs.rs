@@ -97,7 +97,7 @@ impl Machine {
              romimage: file={}\n\
              vgaromimage: file={VGA_BIOS}\n\
              megs: {}\n\
-             cpu: model={}, count={}, ips={IPS}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
+             cpu: model={}, count={},{} ips={IPS}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
              clock: sync=none\n\
              sound: driver=dummy\n\
              com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
@@ -112,6 +112,8 @@ impl Machine {
             self.mem,
             self.model,
             self.smp,
+            // As many instructions as Bochs allows before it is another processor's turn.
+            if self.smp > 1 { " quantum=32," } else { "" },
             self.boot.display(),
             dir.join("bochs.log").display(),
         )
@@ -274,7 +276,7 @@ mod tests {
             "{text}"
         );
         assert!(
-            text.contains("cpu: model=corei7_haswell_4770, count=2,"),
+            text.contains("cpu: model=corei7_haswell_4770, count=2, quantum=32,"),
             "{text}"
         );
         assert!(text.contains("OVMF.fd\n"), "{text}");

@@ -64,6 +64,7 @@ pub fn settle(no: Features) -> Result<Caps, Unsupported> {
         ("vmcbclean", Features::VMCB_CLEAN),
         ("pausefilter", Features::PAUSE_FILTER),
         ("vpid", Features::VPID),
+        ("apicv", Features::APICV),
     ];
     let off = || names.iter().filter(|(_, flag)| no.contains(*flag)).map(|(name, _)| *name);
     let raw = svm::Raw::read(crate::cpu::cpuid, crate::cpu::rdmsr);

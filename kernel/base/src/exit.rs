@@ -21,6 +21,9 @@ pub enum Exit {
     Nmi,
     /// The guest can now take the interrupt that waits for it.
     InterruptWindow,
+    /// The guest has ended an interrupt of which that was to be told; the instruction that did so is
+    /// complete.
+    Eoi(u8),
     /// CPUID.
     Cpuid(InsnLen),
     /// VMCALL or VMMCALL.

@@ -397,6 +397,16 @@ pub struct HwCounts {
     pub tlb_flushes: u64,
 }
 
+/// Interrupts of a local APIC, for a processor that ends them by itself: vector v is bit v % 64 of word
+/// v / 64.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct InService {
+    /// ISR: those that are being handled.
+    pub vectors: [u64; 4],
+    /// Those whose end is an exit ([`Exit::Eoi`]).
+    pub exits: [u64; 4],
+}
+
 /// One virtual processor of the vendor in use, owned by the vCPU that it runs.
 ///
 /// Only the CPU on which it is loaded may use a loaded one: the owner sees to that by holding the
@@ -516,6 +526,18 @@ pub trait HwVcpu: Send + Debug {
     }
     /// Whether to exit as soon as the guest can take an interrupt.
     fn set_interrupt_window(&mut self, wanted: bool);
+    /// Whether this processor can end a guest's interrupts by itself; always the same.
+    fn ends_interrupts(&self) -> bool {
+        false
+    }
+    /// From the next entry on the processor has the interrupts in service of the guest's local APIC,
+    /// which is in x2APIC mode, and ends them as the guest writes EOI. With `None` it stops that.
+    /// Called loaded, and only where [`HwVcpu::ends_interrupts`] says so.
+    fn lend_interrupts(&mut self, _: Option<&InService>) {}
+    /// What is still in service of the interrupts last lent; loaded or not.
+    fn in_service(&self) -> [u64; 4] {
+        [0; 4]
+    }
     /// CR8 as last written by the guest.
     fn tpr(&self) -> u8;
     /// Sets what the guest reads from CR8.

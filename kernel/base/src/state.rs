@@ -149,6 +149,8 @@ pub const CR0_NW: u64 = 1 << 29;
 pub const CR0_CD: u64 = 1 << 30;
 /// CR0.PG
 pub const CR0_PG: u64 = 1 << 31;
+/// CR0 bits that exist: PE, MP, EM, TS, ET, NE, WP, AM, NW, CD, PG.
+pub const CR0_VALID: u64 = 0xe005_003f;
 /// CR4.PSE
 pub const CR4_PSE: u64 = 1 << 4;
 /// CR4.PAE
@@ -174,6 +176,17 @@ pub const CR4_LA57: u64 = 1 << 12;
 pub const RFLAGS_VM: u64 = 1 << 17;
 /// RFLAGS bits that exist; bit 1 is always set.
 const RFLAGS_VALID: u64 = 0x3f_7fd5;
+
+/// Whether an instruction pointer can be one: of 64-bit code on a processor whose linear addresses
+/// have so many bits, else of 32 bits.
+pub fn rip_fits(rip: u64, code_64: bool, bits: u32) -> bool {
+    if code_64 {
+        // The bit below may differ: it does just after the last instruction of the lower half.
+        matches!((rip as i64) >> bits, 0 | -1)
+    } else {
+        rip >> 32 == 0
+    }
+}
 
 /// How many bits of a linear address count.
 pub fn linear_bits(cr4: u64) -> u32 {
@@ -393,6 +406,15 @@ mod tests {
         assert_eq!(s.seg[Seg::Cs as usize].base + s.rip, 0x9a000);
         assert_eq!(s.seg[Seg::Cs as usize].sel, 0x9a00);
         assert_eq!(s.cr0 & (CR0_PE | CR0_PG), 0);
+    }
+
+    #[test]
+    fn instruction_pointers_fit_their_code() {
+        assert!(rip_fits(0xffff_ffff, false, 48) && !rip_fits(1 << 32, false, 48));
+        assert!(rip_fits(1 << 47, true, 48), "just after the lower half");
+        assert!(!rip_fits(1 << 48, true, 48) && rip_fits(1 << 48, true, 57));
+        assert!(rip_fits(0xffff_8000_0000_0000, true, 48));
+        assert!(!rip_fits(0xfffe_8000_0000_0000, true, 48));
     }
 
     #[test]

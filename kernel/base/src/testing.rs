@@ -17,8 +17,8 @@ use std::vec::Vec;
 
 use crate::exit::Exit;
 use crate::hw::{
-    Access, EcamWindow, Exhausted, HostMem, HwVcpu, IoApicInfo, Iommu, MemFault, MsiTarget, Sbdf,
-    Stage2Format, TscScale, VcpuConfig,
+    Access, EcamWindow, Exhausted, HostMem, HwVcpu, InService, IoApicInfo, Iommu, MemFault,
+    MsiTarget, Sbdf, Stage2Format, TscScale, VcpuConfig,
 };
 use crate::state::{ArchState, Event, Gprs, RFLAGS_IF, Seg, Segment};
 use crate::{CpuId, Dfn, Mfn, Mpa, PAGE_SIZE, PageOrder, Platform};
@@ -170,6 +170,7 @@ pub struct FakeMachine {
     iommu_in_use: AtomicBool,
     stores_watched: AtomicBool,
     quiet_end: AtomicBool,
+    ends_interrupts: bool,
     inner: Mutex<Inner>,
 }
 
@@ -211,6 +212,7 @@ impl FakeMachine {
             iommu_in_use: AtomicBool::new(false),
             stores_watched: AtomicBool::new(false),
             quiet_end: AtomicBool::new(false),
+            ends_interrupts: false,
             inner: Mutex::default(),
         }
     }
@@ -218,6 +220,11 @@ impl FakeMachine {
     /// With so many CPUs.
     pub fn with_cpus(mut self, n: u32) -> Self {
         self.cpus = n;
+        self
+    }
+    /// With processors that end their guests' interrupts by themselves.
+    pub fn ending_interrupts(mut self) -> Self {
+        self.ends_interrupts = true;
         self
     }
     /// With a clock of this frequency.
@@ -699,6 +706,7 @@ impl Platform for FakeMachine {
 
     fn new_vcpu(&self, cfg: &VcpuConfig) -> Result<Box<dyn HwVcpu>, Exhausted> {
         let v = FakeVcpu::new(*cfg);
+        v.inner().ends_interrupts = self.ends_interrupts;
         self.inner().vcpus.push(v.clone());
         Ok(Box::new(v))
     }
@@ -877,6 +885,8 @@ struct VcpuInner {
     waiting: Option<Event>,
     delivered: Vec<Event>,
     window: bool,
+    ends_interrupts: bool,
+    lent: Option<InService>,
     tpr: u8,
     tsc_offset: u64,
     flush_pending: bool,
@@ -920,6 +930,8 @@ impl FakeVcpu {
                 waiting: None,
                 delivered: Vec::new(),
                 window: false,
+                ends_interrupts: false,
+                lent: None,
                 tpr: 0,
                 tsc_offset: 0,
                 flush_pending: false,
@@ -961,6 +973,19 @@ impl FakeVcpu {
     /// Takes the list of events that the guest received.
     pub fn take_delivered(&self) -> Vec<Event> {
         core::mem::take(&mut self.inner().delivered)
+    }
+    /// The interrupts that the processor has.
+    pub fn lent(&self) -> Option<InService> {
+        self.inner().lent
+    }
+    /// Ends the highest of them, as the guest does. Gives its vector if that is an exit.
+    pub fn end_interrupt(&self) -> Option<u8> {
+        let mut inner = self.inner();
+        let lent = inner.lent.as_mut()?;
+        let has = |bits: &[u64; 4], v: u8| bits[usize::from(v >> 6)] >> (v & 63) & 1 != 0;
+        let v = (0..=255u8).rev().find(|&v| has(&lent.vectors, v))?;
+        lent.vectors[usize::from(v >> 6)] &= !(1 << (v & 63));
+        has(&lent.exits, v).then_some(v)
     }
     /// Whether an interrupt window is asked for.
     pub fn window_wanted(&self) -> bool {
@@ -1062,6 +1087,20 @@ impl HwVcpu for FakeVcpu {
 
     fn set_rflags(&mut self, v: u64) {
         self.inner().state.rflags = v;
+    }
+
+    fn ends_interrupts(&self) -> bool {
+        self.inner().ends_interrupts
+    }
+
+    fn lend_interrupts(&mut self, i: Option<&InService>) {
+        let mut inner = self.inner();
+        assert!(inner.ends_interrupts, "lent to a processor that ends none");
+        inner.lent = i.copied();
+    }
+
+    fn in_service(&self) -> [u64; 4] {
+        self.inner().lent.unwrap_or_default().vectors
     }
 
     fn cr(&self, n: u8) -> u64 {

@@ -31,6 +31,7 @@ fn now(hw: &dyn Platform, tsc_offset: u64) -> Now {
 /// RDMSR of the APIC's registers.
 pub fn rdmsr(cx: &mut Cx<'_>, index: u32) -> Result<u64, Gp> {
     let st = &mut *cx.st;
+    crate::upcall::take_back(st);
     st.lapic.set_cr8(st.hw.tpr());
     let (hw, offset) = (cx.hv.hw, st.tsc_offset);
     st.lapic.rdmsr(index, || now(hw, offset))
@@ -40,6 +41,7 @@ pub fn rdmsr(cx: &mut Cx<'_>, index: u32) -> Result<u64, Gp> {
 /// an interrupt behind which none waits.
 #[inline]
 pub fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> Result<bool, Gp> {
+    crate::upcall::take_back(cx.st);
     let (hw, offset) = (cx.hv.hw, cx.st.tsc_offset);
     // The two that matter leave the TPR alone.
     let priority = !matches!(index, EOI | ICR);

@@ -6,6 +6,7 @@
 
 use galvan_base::exit::Exit;
 use galvan_base::state::{Event, RFLAGS_IF, Seg};
+use galvan_devices::vlapic::Effect;
 use galvan_dom0_proto::hvm::HVM_PARAM_TRIPLE_FAULT_REASON;
 use galvan_dom0_proto::sched::SHUTDOWN_CRASH;
 
@@ -75,6 +76,10 @@ pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
         }
         Exit::InterruptWindow => {
             cx.st.hw.set_interrupt_window(false);
+            Next::Resume
+        }
+        Exit::Eoi(vector) => {
+            apic::apply_lapic_effect(cx, Effect::Eoi(vector));
             Next::Resume
         }
         Exit::Pause(len) => {

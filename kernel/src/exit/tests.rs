@@ -40,7 +40,7 @@ const X2_EOI: u32 = 0x80b;
 const X2_ICR: u32 = 0x830;
 const APIC_BASE: u32 = 0x1b;
 
-fn machine() -> &'static FakeMachine {
+fn machine() -> FakeMachine {
     let m = FakeMachine::new(8).with_ioapics(std::vec![IoApicInfo {
         id: 0,
         base: Mpa::new_truncate(0xfec0_0000),
@@ -54,7 +54,7 @@ fn machine() -> &'static FakeMachine {
     m.set_cpuid(0x8000_0000, 0, [0x8000_0008, 0, 0, 0]);
     m.set_cpuid(0x8000_0001, 0, [0, 0, 1, 0x2c10_0800]);
     m.set_cpuid(0x8000_0008, 0, [0x3028, 0, 0, 0]);
-    Box::leak(Box::new(m))
+    m
 }
 
 /// dom0 and d1 with two vCPUs each; those of d1 in 64-bit mode, in the kernel, at [`CODE`], with the
@@ -65,7 +65,11 @@ struct Setting {
 
 impl Setting {
     fn new() -> Setting {
-        let machine = machine();
+        Setting::on(machine())
+    }
+
+    fn on(machine: FakeMachine) -> Setting {
+        let machine: &'static FakeMachine = Box::leak(Box::new(machine));
         let w = World::on(machine, 2, |d| config(d == 0, 2));
         for dom in 0..2 {
             w.put(dom, PML4, &(0x2000 | PRESENT | WRITE | USER));
@@ -292,20 +296,39 @@ fn exits_are_quiet_that_touch_nothing_an_entry_depends_on() {
     s.set_reg(RCX, APIC_BASE.into());
     assert_eq!(s.exit_exactly(Exit::MsrRead(0)), Next::Quiet);
     s.set_reg(RCX, 0x1234_5678);
-    assert_eq!(s.exit_exactly(Exit::MsrRead(0)), Next::Resume, "an exception is to be injected");
+    assert_eq!(
+        s.exit_exactly(Exit::MsrRead(0)),
+        Next::Resume,
+        "an exception is to be injected"
+    );
     let _ = s.event();
     s.code(&[0xe4, 0x42]);
-    assert_eq!(s.exit_exactly(Exit::Pio(Pio { len: 2, ..port(0x42, 1, true) })), Next::Quiet);
+    assert_eq!(
+        s.exit_exactly(Exit::Pio(Pio {
+            len: 2,
+            ..port(0x42, 1, true)
+        })),
+        Next::Quiet
+    );
     // A read and a write of a hole; the local APIC's registers are something else.
     s.code(&[0x8b, 0x00]);
     s.set_reg(RAX, HOLE);
-    assert_eq!(s.exit_exactly(Exit::NestedFault(access(HOLE, false))), Next::Quiet);
+    assert_eq!(
+        s.exit_exactly(Exit::NestedFault(access(HOLE, false))),
+        Next::Quiet
+    );
     s.code(&[0x89, 0x08]);
     s.set_reg(RAX, HOLE);
-    assert_eq!(s.exit_exactly(Exit::NestedFault(access(HOLE, true))), Next::Quiet);
+    assert_eq!(
+        s.exit_exactly(Exit::NestedFault(access(HOLE, true))),
+        Next::Quiet
+    );
     s.code(&[0x89, 0x08]);
     s.set_reg(RAX, MMIO_BASE + 0x80);
-    assert_eq!(s.exit_exactly(Exit::NestedFault(access(MMIO_BASE + 0x80, true))), Next::Resume);
+    assert_eq!(
+        s.exit_exactly(Exit::NestedFault(access(MMIO_BASE + 0x80, true))),
+        Next::Resume
+    );
     // Single-stepping has an exception follow.
     s.code(&[0x0f, 0xa2]);
     s.hw(1, 0).with_state(|st| st.rflags |= Flags::TF);
@@ -375,7 +398,12 @@ fn a_walk_is_forgotten_when_the_page_or_a_table_is_taken_or_changes_its_type() {
     let held = s.w.hv.frames.refs(s.w.mfn(1, at >> 12));
     let retype = |to| {
         let mut c = d.p2m.changes();
-        c.retype(&mut (gfn..Gfn::new_truncate(gfn.get() + 1)), &mut crate::p2m::Budget::new(4), |_| Some(to)).unwrap();
+        c.retype(
+            &mut (gfn..Gfn::new_truncate(gfn.get() + 1)),
+            &mut crate::p2m::Budget::new(4),
+            |_| Some(to),
+        )
+        .unwrap();
         d.finish(s.w.hv, c);
     };
     retype(P2mType::LogDirty);
@@ -385,7 +413,11 @@ fn a_walk_is_forgotten_when_the_page_or_a_table_is_taken_or_changes_its_type() {
     assert_eq!((get(), put(4)), (Ok(3), Err(Errno::EFAULT)));
     retype(P2mType::Ram);
     assert_eq!((put(5), get()), (Ok(()), Ok(5)));
-    assert_eq!(s.w.hv.frames.refs(s.w.mfn(1, at >> 12)), held, "no hold was left behind");
+    assert_eq!(
+        s.w.hv.frames.refs(s.w.mfn(1, at >> 12)),
+        held,
+        "no hold was left behind"
+    );
 
     let take = |gfn| {
         let mut c = d.p2m.changes();
@@ -722,6 +754,152 @@ fn the_end_of_a_level_interrupt_reaches_the_machine() {
     let route = w.machine.gsi(9).unwrap();
     assert_eq!((route.eois, route.level), (1, true));
     assert!(route.cpu < CpuId(galvan_base::Platform::cpus(w.machine)));
+}
+
+/// A machine whose processors end interrupts by themselves; vCPU 0 of d1 has its APIC in x2APIC mode,
+/// interrupts enabled, and these vectors posted, of which the last is level-triggered.
+fn with_virtual_eoi(posted: &[u8]) -> Setting {
+    let s = Setting::on(machine().ending_interrupts());
+    s.x2apic();
+    s.hw(1, 0).with_state(|st| st.rflags |= RFLAGS_IF);
+    for (n, vector) in (1..).zip(posted) {
+        let level = n == posted.len() && n > 1;
+        s.w.vcpu(1, 0).post_vector(s.w.hv, *vector, level);
+    }
+    s.w.with_cx(1, 0, crate::run::serve_requests);
+    s
+}
+
+#[test]
+fn a_processor_that_can_end_interrupts_is_lent_those_in_service() {
+    let s = with_virtual_eoi(&[0x41]);
+    let hw = s.hw(1, 0);
+    s.w.with_cx(1, 0, |cx| {
+        assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+        assert_eq!(hw.waiting(), Some(Event::Interrupt(0x41)));
+        let lent = hw.lent().unwrap();
+        assert_eq!((lent.vectors, lent.exits), ([0, 2, 0, 0], [0; 4]));
+        // What a register says is what the processor has.
+        assert_eq!(apic::rdmsr(cx, 0x812), Ok(2));
+        assert!(!cx.st.lent);
+        assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+        assert_eq!(hw.end_interrupt(), None, "no exit");
+        assert_eq!(apic::rdmsr(cx, 0x812), Ok(0));
+        assert_eq!(cx.st.lapic.highest_pending(), None);
+    });
+}
+
+#[test]
+fn an_end_behind_which_an_interrupt_waits_or_of_a_level_one_is_an_exit() {
+    let s = with_virtual_eoi(&[0x41, 0x4f, 0x52]);
+    let hw = s.hw(1, 0);
+    s.w.with_cx(1, 0, |cx| {
+        cx.st.hw.load();
+        for (vector, exit) in [
+            (0x52, Some(0x52)),
+            // Its class is that of 0x41, which waits for its end and for nothing else.
+            (0x4f, Some(0x4f)),
+            (0x41, None),
+        ] {
+            assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+            hw.push_exit(Exit::Hlt(1));
+            cx.st.hw.enter(&mut cx.st.regs);
+            assert_eq!(hw.take_delivered(), [Event::Interrupt(vector)]);
+            crate::upcall::take_back(cx.st);
+            assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+            assert_eq!(hw.waiting(), None, "one at a time");
+            assert_eq!(hw.end_interrupt(), exit);
+            crate::upcall::take_back(cx.st);
+        }
+        cx.st.hw.unload();
+    });
+}
+
+#[test]
+fn a_halted_guest_gets_nothing_lent_until_it_can_take_an_interrupt() {
+    let s = with_virtual_eoi(&[0x41]);
+    let hw = s.hw(1, 0);
+    s.w.with_cx(1, 0, |cx| {
+        cx.st.halted = true;
+        hw.with_state(|st| st.rflags &= !RFLAGS_IF);
+        assert!(!crate::upcall::prepare_entry(cx) && !cx.st.lent);
+        hw.with_state(|st| st.rflags |= RFLAGS_IF);
+        assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+    });
+    assert_eq!(hw.waiting(), Some(Event::Interrupt(0x41)));
+}
+
+#[test]
+fn outside_x2apic_mode_the_guest_ends_its_interrupts_by_exits() {
+    let s = with_virtual_eoi(&[]);
+    let hw = s.hw(1, 0);
+    s.w.with_cx(1, 0, |cx| {
+        assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+        assert!(hw.lent().is_some());
+        apic::wrmsr(cx, APIC_BASE, 0xfee0_0100).unwrap();
+        apic::wrmsr(cx, APIC_BASE, 0xfee0_0900).unwrap();
+        apic::mmio_write(cx, 0xf0, 4, 0x1ff);
+        assert!(crate::upcall::prepare_entry(cx) && !cx.st.lent);
+    });
+    assert_eq!(hw.lent(), None);
+}
+
+#[test]
+fn a_handler_that_needed_the_interrupts_is_followed_by_a_full_entry() {
+    let s = with_virtual_eoi(&[]);
+    let hw = s.hw(1, 0);
+    // The guest sends itself an interrupt by an exit after which the next entry would be a quick one.
+    s.code(&[0x0f, 0x30, 0x0f, 0x30, 0xf4]);
+    hw.push(|_, regs| {
+        (regs.rcx, regs.rax, regs.rdx) = (0x83f, 0x61, 0);
+        Exit::MsrWrite(2)
+    });
+    hw.push_exit(Exit::Hlt(1));
+    s.w.dom(1).controller_unpause(s.w.hv).unwrap();
+    for _ in 0..4 {
+        crate::run::run_once(s.w.hv);
+    }
+    assert_eq!(hw.take_delivered(), [Event::Interrupt(0x61)]);
+    let lent = hw.lent().unwrap().vectors;
+    assert_eq!(lent, [0, 1 << 33, 0, 0]);
+    assert!(
+        !s.w.vcpu(1, 0).state_of_other().lent,
+        "back when it is put away"
+    );
+}
+
+#[test]
+fn the_end_of_a_level_interrupt_that_the_processor_ended_reaches_the_machine() {
+    let s = Setting::on(machine().ending_interrupts());
+    let w = &s.w;
+    let io = |cx: &mut Cx<'_>, index: u32, v: u32| {
+        let h = cx.dom.hardware.as_ref().unwrap();
+        let at = |o: u64| Gpa::new_truncate(0xfec0_0000 + o);
+        h.mmio_write(cx.hv, cx.dom, at(0), 4, index.into());
+        h.mmio_write(cx.hv, cx.dom, at(0x10), 4, v.into());
+    };
+    let hw = s.hw(0, 0);
+    hw.with_state(|st| st.rflags |= RFLAGS_IF);
+    w.with_cx(0, 0, |cx| {
+        apic::wrmsr(cx, APIC_BASE, 0xfee0_0d00).unwrap();
+        apic::wrmsr(cx, 0x80f, 0x1ff).unwrap();
+        io(cx, 0x10 + 19, 0);
+        io(cx, 0x10 + 18, 1 << 15 | 0x41);
+    });
+    crate::irq::host_interrupt(w.hv, HostIrq::Gsi(9));
+    w.with_cx(0, 0, |cx| {
+        crate::run::serve_requests(cx);
+        assert!(crate::upcall::prepare_entry(cx));
+        cx.st.hw.load();
+        hw.push_exit(Exit::Hlt(1));
+        cx.st.hw.enter(&mut cx.st.regs);
+        cx.st.hw.unload();
+        assert_eq!(hw.take_delivered(), [Event::Interrupt(0x41)]);
+        assert_eq!(w.machine.gsi(9).map(|r| r.eois), Some(0));
+        let vector = hw.end_interrupt().expect("an exit");
+        assert_eq!(handle(cx, Exit::Eoi(vector)), Next::Resume);
+    });
+    assert_eq!(w.machine.gsi(9).unwrap().eois, 1);
 }
 
 #[test]

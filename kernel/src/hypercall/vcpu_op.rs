@@ -257,7 +257,9 @@ fn initialise(cx: &mut Cx<'_>, v: &Arc<Vcpu>, arg: u64) -> Ret {
         }
         _ => return Err(Errno::EINVAL),
     }
-    if s.efer & !(EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE) != 0 {
+    if s.efer & !(EFER_SCE | EFER_LME | EFER_LMA | EFER_NXE) != 0
+        || s.cr4 & !cx.dom.cpu_policy.read().cr4_mask() != 0
+    {
         return Err(Errno::EINVAL);
     }
     let mut st = v.state_of_other();

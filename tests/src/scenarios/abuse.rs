@@ -38,6 +38,16 @@ fn start(c: &mut Console, what: &str, line: &str) -> Result<String> {
 /// dom0 is there afterwards, and all is free.
 pub(super) fn guests(c: &mut Console) -> Result<()> {
     c.expect(r"root@galvan:~# ", 300)?;
+    all(c)
+}
+
+/// The same on VT-x.
+pub(super) fn guests_on_vtx(c: &mut Console) -> Result<()> {
+    super::vtx::to_prompt(c)?;
+    all(c)
+}
+
+fn all(c: &mut Console) -> Result<()> {
     // The first guest makes dom0 load and learn what it keeps; the comparison begins after it.
     let failures = start(c, "", r"ABUSE-END (\d+)")?;
     gone(c, "abuse")?;

@@ -1,10 +1,11 @@
 //! Many processors: on each, Galvan either says in one line why not, or Debian's kernel as dom0
-//! comes to the end of a ramdisk's init. What a processor has and lacks is a finding.
+//! comes to the end of a ramdisk's init. What a processor has and lacks is a finding. With them is what
+//! takes too long in Bochs for every run.
 
 use anyhow::Result;
 
-use super::DOM0_INIT;
-use crate::{Console, Scenario, Start};
+use super::{DOM0_INIT, vtx};
+use crate::{Config, Console, Loader, Scenario, Start};
 
 /// Seconds that a boot may take: the emulators are slow, and busy hosts make them slower.
 const LIMIT: u64 = 900;
@@ -37,7 +38,22 @@ const fn refused(name: &'static str, why: fn(&mut Console) -> Result<()>) -> Sce
     machine(name, "this processor is refused in one line", why)
 }
 
-/// The processors, old ones first.
+/// dom0's kernel with a ramdisk on VT-x, with this on its command line.
+const fn on_vtx(
+    name: &'static str,
+    about: &'static str,
+    cmdline: &'static str,
+    talk: fn(&mut Console) -> Result<()>,
+) -> Scenario {
+    machine(name, about, talk)
+        .on_bochs("corei7_haswell_4770")
+        .config(Config::Usual {
+            options: "",
+            cmdline,
+        })
+}
+
+/// The processors, old ones first, and what is long.
 pub const ALL: &[Scenario] = &[
     refused("bochs-prescott", without_either).on_bochs("p4_prescott_celeron_336"),
     refused("bochs-penryn", without_ept).on_bochs("core2_penryn_t9600"),
@@ -62,6 +78,33 @@ pub const ALL: &[Scenario] = &[
     perhaps("qemu-opteron-g5").cpu("Opteron_G5,+svm,+npt"),
     perhaps("qemu-epyc").cpu("EPYC,+svm,+npt"),
     perhaps("qemu-max").cpu("max"),
+    on_vtx(
+        "vtx-restart",
+        "VT-x: dom0 restarts the machine",
+        "then=reboot",
+        vtx::restart,
+    ),
+    on_vtx(
+        "vtx-crash",
+        "VT-x: a crash of dom0 leaves its registers in the log and restarts the machine",
+        "then=crash",
+        vtx::crash,
+    ),
+    // Two processors share one thread of the host, in turns of a few instructions.
+    Scenario::new(
+        "vtx-smp",
+        "VT-x: two processors, a BIOS and GRUB; dom0 runs on both and switches the machine off",
+        Start::Ramdisk(DOM0_INIT),
+        3600,
+        vtx::two_processors,
+    )
+    .on_bochs("corei7_haswell_4770")
+    .smp(2)
+    .by(Loader::GrubBios)
+    .config(Config::Usual {
+        options: "dom0_max_vcpus=2",
+        cmdline: "",
+    }),
 ];
 
 /// Those among them that run by default: one that is refused. (`vtx` runs on one that works.)

@@ -10,7 +10,7 @@ use crate::Console;
 const MIB: u32 = 4;
 
 /// From power-on to the prompt of dom0's shell.
-fn to_prompt(c: &mut Console) -> Result<()> {
+pub(super) fn to_prompt(c: &mut Console) -> Result<()> {
     c.expect(r"galvan\.efi: VT-x with EPT", 180)?;
     let cpu = c.expect(r"TSC: (\d+)\.\d+ MHz", 60)?;
     c.expect(r"VT-x: EPT, unrestricted guest", 240)?;
@@ -40,6 +40,40 @@ fn leave(c: &mut Console) -> Result<()> {
     Ok(())
 }
 
+/// From power-on to the end of the ramdisk's init.
+fn to_the_end_of_init(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan\.efi: VT-x with EPT", 240)?;
+    c.expect(r"DOM0-INIT-END", 600)?;
+    Ok(())
+}
+
+/// The machine has been restarted: Galvan is loaded once more.
+fn again(c: &mut Console) -> Result<()> {
+    c.expect(r"galvan\.efi: VT-x with EPT", 240)?;
+    c.finding(&format!(
+        "loaded again {:.0} s after power-on",
+        c.elapsed().as_secs_f32()
+    ));
+    Ok(())
+}
+
+/// dom0 restarts the machine.
+pub(super) fn restart(c: &mut Console) -> Result<()> {
+    to_the_end_of_init(c)?;
+    c.expect(r"dom0 has shut down: rebooting", 60)?;
+    again(c)
+}
+
+/// dom0 crashes.
+pub(super) fn crash(c: &mut Console) -> Result<()> {
+    c.panics_are_expected();
+    to_the_end_of_init(c)?;
+    c.expect(r"d0v0: shutdown, reason crash", 60)?;
+    c.expect(r"cs:rip 0010:ffffffff[0-9a-f]{8} ", 10)?;
+    c.expect(r"dom0 has crashed", 10)?;
+    again(c)
+}
+
 /// Two processors: the BIOS names them, and dom0 has one vCPU for each.
 pub(super) fn two_processors(c: &mut Console) -> Result<()> {
     // The second entry of GRUB's menu: multiboot2 ends in a triple fault inside GRUB here, whatever
@@ -50,7 +84,7 @@ pub(super) fn two_processors(c: &mut Console) -> Result<()> {
     c.expect(r"started by GRUB 2[^\n]* \(multiboot\), 2 modules", 30)?;
     c.expect(r"\(galvan\) [^\n]* 2 CPUs\n", 120)?;
     c.expect(r"VT-x: EPT, unrestricted guest", 240)?;
-    c.expect(r"DOM0-INIT-UP", 600)?;
+    c.expect(r"DOM0-INIT-UP", 2400)?;
     let cpus = c.expect(r"(?m)^cpus: (\d+)$", 30)?;
     ensure!(cpus[1] == "2", "dom0 has {} processors", cpus[1]);
     let slept = c.expect(r"two seconds of sleep took (\d+) s", 120)?;

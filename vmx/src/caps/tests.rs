@@ -85,7 +85,7 @@ pub(crate) fn skylake() -> Raw {
 }
 
 /// A Sapphire Rapids server: tertiary controls, CET, five-level EPT and more that is left alone.
-fn sapphire_rapids() -> Raw {
+pub(crate) fn sapphire_rapids() -> Raw {
     Raw {
         basic: 0x03da_0500_0000_0013,
         pin: 0x0000_00ff_0000_0016,
@@ -166,7 +166,9 @@ fn the_controls_of_a_known_processor_are_these() {
             entry: 0xd1ff,
         }
     );
-    assert_eq!(c.features, Features::all());
+    let apic = Features::by_name("apicv").unwrap();
+    assert_eq!(c.features, Features::all() - apic);
+    assert_eq!(c.virtual_eoi(), 0, "servers alone had it then");
     assert_eq!((c.revision, c.phys_bits), (4, 39));
     assert!(c.length_0 && c.ibpb);
     let old = settle(&westmere(), Features::empty()).unwrap();
@@ -185,6 +187,25 @@ fn a_name_takes_a_feature_away() {
     let c = settle(&skylake(), pause).unwrap();
     assert_eq!(c.controls.secondary & secondary::PAUSE_LOOP, 0);
     assert_eq!(Features::by_name("nrips"), None);
+}
+
+#[test]
+fn interrupts_are_ended_by_processors_that_can() {
+    let c = settle(&sapphire_rapids(), Features::empty()).unwrap();
+    assert_eq!(c.features, Features::all());
+    assert_eq!(c.virtual_eoi(), 0x310);
+    assert_eq!(c.controls.secondary & 0x310, 0, "not before x2APIC mode");
+    let off = Features::by_name("apicv").unwrap();
+    let c = settle(&sapphire_rapids(), off).unwrap();
+    assert_eq!((c.features, c.virtual_eoi()), (Features::all() - off, 0));
+    let mut r = sapphire_rapids();
+    r.secondary &= !(1 << 40);
+    let c = settle(&r, Features::empty()).unwrap();
+    assert_eq!(c.virtual_eoi(), 0x210, "registers are read by exits");
+    // MSRs of the x2APIC have to be virtual.
+    let mut r = sapphire_rapids();
+    r.secondary &= !(1 << 36);
+    assert_eq!(settle(&r, Features::empty()).unwrap().virtual_eoi(), 0);
 }
 
 #[test]
@@ -278,7 +299,8 @@ fn what_is_lacking_is_named_and_nothing_is_named_twice() {
     assert_eq!(
         std::format!("{old}"),
         "EPT, unrestricted guest, VPID, RDTSCP, INVEPT of one table, INVVPID of one VPID; \
-         without pause-loop exiting, 1 GiB pages, XSAVE, INVPCID, IBPB, injection without length"
+         without pause-loop exiting, virtual EOI, APIC-register virtualization, \
+         1 GiB pages, XSAVE, INVPCID, IBPB, injection without length"
     );
     let new = settle(&sapphire_rapids(), Features::VPID).unwrap();
     assert!(std::format!("{new}").ends_with("; without VPID"), "{new}");

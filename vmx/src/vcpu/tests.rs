@@ -461,6 +461,57 @@ fn controls_that_are_refused_are_told_from_guest_state() {
 }
 
 #[test]
+fn interrupts_in_service_are_in_the_virtual_apic_page() {
+    let vmx = boot(settle(&caps::tests::sapphire_rapids(), Features::empty()).unwrap());
+    let mut v = vcpu(vmx, 0x1000, false);
+    assert!(v.ends_interrupts());
+    v.load();
+    guest(|g| {
+        assert_eq!(g.get(field::SECONDARY) & 0x310, 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    let lent = InService {
+        vectors: [1 << 63, 0, 1 << 40, 2],
+        exits: [0, 0, 1 << 40, 0],
+    };
+    v.lend_interrupts(Some(&lent));
+    assert_eq!(v.in_service(), lent.vectors);
+    let word = |v: &Vcpu<Fake>, at: usize| v.apic.get(at / 8).unwrap().load(Relaxed);
+    // Vector 63 is bit 31 of the second register, 168 bit 8 of the sixth, 193 bit 1 of the seventh.
+    assert_eq!((word(&v, 0x110), word(&v, 0x100)), (1 << 31, 0));
+    assert_eq!((word(&v, 0x150), word(&v, 0x160)), (1 << 8, 2));
+    let bitmap = vmx.eoi_msrs.as_ref().unwrap().mpa().get();
+    guest(move |g| {
+        assert_eq!(g.get(field::SECONDARY) & 0x310, 0x310);
+        assert_eq!(g.get(field::MSR_BITMAP), bitmap);
+        // SVI is 193; none waits.
+        assert_eq!(g.get(field::INTERRUPT_STATUS), 193 << 8);
+        assert_eq!(g.get(field::EOI_EXITS), 0);
+        assert_eq!(g.get(field::EOI_EXITS + 4), 1 << 40);
+        g.exit(reason::EOI);
+        g.set(field::QUALIFICATION, 168);
+    });
+    assert_eq!(enter(&mut v), Exit::Eoi(168));
+    // As long as nothing else changes it costs one field.
+    accesses();
+    v.lend_interrupts(Some(&lent));
+    assert_eq!(accesses(), (0, 1));
+    v.unload();
+    assert_eq!(v.in_service(), lent.vectors, "without its VMCS");
+    v.load();
+    v.lend_interrupts(None);
+    let bitmap = vmx.msrs.mpa().get();
+    guest(move |g| {
+        assert_eq!(g.get(field::SECONDARY) & 0x310, 0);
+        assert_eq!(g.get(field::MSR_BITMAP), bitmap);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    v.unload();
+}
+
+#[test]
 fn events_are_injected_once_and_again_if_interrupted() {
     let vmx = boot(new());
     let mut v = vcpu(vmx, 0x1000, false);

@@ -27,6 +27,7 @@ struct Buffer<'a, 'b> {
     cx: &'a Cx<'b>,
     at: u64,
     left: u64,
+    read: u64,
     written: u64,
 }
 
@@ -47,7 +48,13 @@ impl Source for Buffer<'_, '_> {
         self.left = self.left.checked_sub(n).ok_or(Errno::ENODATA)?;
         self.cx.read_bytes(self.at, bytes)?;
         self.at = self.at.wrapping_add(n);
+        self.read += n;
         Ok(())
+    }
+
+    fn rewind(&mut self) {
+        self.at = self.at.wrapping_sub(self.read);
+        self.left += core::mem::take(&mut self.read);
     }
 }
 
@@ -65,6 +72,7 @@ pub(super) fn get(cx: &Cx<'_>, d: &Arc<Domain>, call: &mut XenDomctl) -> Op {
             cx,
             at: h.buffer.addr(),
             left: u64::from(h.size),
+            read: 0,
             written: 0,
         };
         hvm_context::save(cx.hv, d, false, &mut out)?;
@@ -85,6 +93,7 @@ pub(super) fn set(cx: &Cx<'_>, d: &Arc<Domain>, call: &XenDomctl) -> Op {
         cx,
         at: h.buffer.addr(),
         left: u64::from(h.size),
+        read: 0,
         written: 0,
     };
     hvm_context::load(cx.hv, d, &mut from)?;
@@ -102,6 +111,7 @@ pub(super) fn get_one(cx: &Cx<'_>, d: &Arc<Domain>, call: &mut XenDomctl) -> Op 
         cx,
         at: h.buffer.addr(),
         left: room,
+        read: 0,
         written: 0,
     };
     let mut count = Counter(0);

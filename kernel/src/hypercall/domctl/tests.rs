@@ -767,16 +767,40 @@ fn contexts_that_cannot_be_are_refused() {
         load(&[(SaveCode::CPU, 0, &good.as_bytes()[1..])]),
         Err(Errno::EINVAL)
     );
+    let loaded = get_context(&w, id);
     let bad = |change: &dyn Fn(&mut HvmHwCpu)| {
         let mut c = good;
+        // What stands before it is not loaded either.
+        let mut before = good;
+        before.rip = 0x4000;
         change(&mut c);
-        load(&[(SaveCode::CPU, 0, c.as_bytes())])
+        let r = load(&[
+            (SaveCode::CPU, 0, before.as_bytes()),
+            (SaveCode::CPU, 0, c.as_bytes()),
+        ]);
+        assert!(get_context(&w, id) == loaded, "the domain is as before");
+        r
     };
     assert_eq!(bad(&|c| c.cr0 |= 1 << 32), Err(Errno::EINVAL));
     assert_eq!(bad(&|c| c.cr4 = 1 << 13), Err(Errno::EINVAL), "no VMX");
     assert_eq!(bad(&|c| c.msr_efer = 1 << 12), Err(Errno::EINVAL), "no SVM");
     assert_eq!(bad(&|c| c.cs_arbytes = 0x1_0000), Err(Errno::EINVAL));
-    assert_eq!(bad(&|c| c.pending_event = 0x8000_0020), Err(Errno::EINVAL));
+    assert_eq!(bad(&|c| c.msr_tsc_aux = 1 << 32), Err(Errno::EINVAL));
+    // Interrupts 15 and, while disabled, 32; exceptions 2, 9, 15, 20, 32; #GP with too long a code; no kind.
+    for event in [
+        0x8000_000f,
+        0x8000_0020,
+        0x8000_0302,
+        0x8000_0309,
+        0x8000_030f,
+        0x8000_0314,
+        0x8000_0320,
+        0x8000_0b0d,
+        0x8000_0700,
+    ] {
+        let r = bad(&|c| (c.pending_event, c.error_code) = (event, 0x8000));
+        assert_eq!(r, Err(Errno::EINVAL), "{event:#x}");
+    }
     assert_eq!(
         load(&[(SaveCode::RTC, 0, &[0; 24])]),
         Err(Errno::EINVAL),

@@ -4,7 +4,7 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
-use galvan_base::state::Seg;
+use galvan_base::state::{Event, RFLAGS_IF, Seg};
 use galvan_dom0_proto::arch_x86::{VGCF_I387_VALID, VGCF_IN_KERNEL, VGCF_ONLINE, VcpuGuestContext};
 use galvan_dom0_proto::domctl::*;
 use galvan_dom0_proto::errno::Errno;
@@ -153,6 +153,12 @@ pub(super) fn set_context(cx: &Cx<'_>, d: &Arc<Domain>, call: &XenDomctl) -> Op 
             log::warn!("{v:?}: context refused: {why}");
             Errno::EINVAL
         })?;
+        if u.rflags & RFLAGS_IF == 0
+            && matches!(st.hw.waiting_event(), Some(Event::Interrupt(_)))
+        {
+            log::warn!("{v:?}: context refused: interrupt being delivered while disabled");
+            return Err(Errno::EINVAL);
+        }
     }
     let r = &mut st.regs;
     (r.rax, r.rbx, r.rcx, r.rdx) = (u.rax, u.rbx, u.rcx, u.rdx);
