@@ -9,15 +9,15 @@ mod machine;
 use std::collections::HashMap;
 use std::fmt::Write as _;
 use std::fs;
-use std::io::{BufRead, BufReader, Read};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
+use self::machine::{CPU, Line};
 use crate::run::Hypervisor;
-use crate::{bare, esp, paths, qemu, setup, sh};
+use crate::{bare, bochs, paths, qemu, setup, sh};
 
 /// Options of both hypervisors.
 const OPTIONS: &str =
@@ -25,7 +25,8 @@ const OPTIONS: &str =
 /// A machine that has not said the last line after so many seconds will not.
 const LIMIT: Duration = Duration::from_secs(900);
 const MEMORY: u32 = 2048;
-const CPU: &str = "qemu64,+svm,+npt";
+/// The machine with VT-x, by which its files are called.
+const VTX: &str = "vtx";
 /// Millions of instructions from the entry of Galvan's loader to dom0's first.
 const BOOT_TARGET: u64 = 100;
 
@@ -78,6 +79,9 @@ pub struct Args {
     /// Only what a disk request of a guest costs; nothing is written.
     #[arg(long)]
     only_block: bool,
+    /// On VT-x, in Bochs, without stock Xen, which runs no PVH guest as dom0 there.
+    #[arg(long, conflicts_with_all = ["no_stock", "only_block"])]
+    vtx: bool,
     /// Where the table goes.
     #[arg(long)]
     out: Option<PathBuf>,
@@ -114,9 +118,11 @@ impl Measured {
             }
         } else if let Some(rest) = find(line, "COUNT ") {
             let mut words = rest.split(' ');
-            if let (Some(name), Some(Ok(exits)), Some(Ok(flushes))) =
-                (words.next(), words.next().map(str::parse), words.next().map(str::parse))
-            {
+            if let (Some(name), Some(Ok(exits)), Some(Ok(flushes))) = (
+                words.next(),
+                words.next().map(str::parse),
+                words.next().map(str::parse),
+            ) {
                 self.counts.insert(name.to_owned(), (exits, flushes));
             }
         } else if let Some(rest) = find(line, "ENTRY ") {
@@ -147,18 +153,30 @@ pub fn bench(args: &Args) -> Result<()> {
         let xen = (!args.no_stock)
             .then(|| block::measure("xen", &Hypervisor::stock()?))
             .transpose()?;
-        println!("{}", block::row(&galvan, xen.as_ref(), 50_000.0)?);
+        println!("{}", block::row(&galvan, xen.as_ref()).0);
         return Ok(());
     }
     let guest = bare::guest("bench")?;
-    let mut galvan = measure("galvan", &Hypervisor::galvan()?, &guest)?;
+    if args.vtx {
+        return on_vtx(args, &guest);
+    }
+    let hypervisor = Hypervisor::galvan()?;
+    let mut galvan = measure("galvan", &hypervisor, &guest)?;
     galvan.version = version();
-    let xen = if args.no_stock {
-        Measured::default()
-    } else {
-        measure("xen", &Hypervisor::stock()?, &guest)?
-    };
-    let (table, met, targets) = table(&galvan, &xen);
+    let own_block = block::measure("galvan", &hypervisor)?;
+    let (mut xen, mut xens_block) = (Measured::default(), None);
+    if !args.no_stock {
+        let hypervisor = Hypervisor::stock()?;
+        xen = measure("xen", &hypervisor, &guest)?;
+        let file = hypervisor.efi.file_stem().unwrap_or_default();
+        xen.version = format!("{} of Debian", file.to_string_lossy());
+        xens_block = Some(block::measure("xen", &hypervisor)?);
+    }
+    let (mut table, mut met, mut targets) = table(&galvan, &xen);
+    let (row, good) = block::row(&own_block, xens_block.as_ref());
+    table.push_str(&row);
+    targets += 1;
+    met += usize::from(good);
     println!("{table}");
     println!("{met} of {targets} targets met");
     let out = match &args.out {
@@ -170,10 +188,39 @@ pub fn bench(args: &Args) -> Result<()> {
     if let Some(dir) = out.parent() {
         fs::create_dir_all(dir)?;
     }
-    fs::write(&out, results(&galvan, &xen, &table, met, targets)?)
-        .with_context(|| format!("cannot write {}", out.display()))?;
+    let block = block::remark(&own_block, xens_block.as_ref());
+    write(&out, &results(&galvan, &xen, &table, &block, met, targets)?)
+}
+
+fn write(out: &Path, text: &str) -> Result<()> {
+    fs::write(out, text).with_context(|| format!("cannot write {}", out.display()))?;
     eprintln!("written to {}", out.display());
     Ok(())
+}
+
+/// The same guest on VT-x.
+fn on_vtx(args: &Args, guest: &Path) -> Result<()> {
+    setup::ensure(setup::FOR_BOCHS)?;
+    let mut galvan = measure(VTX, &Hypervisor::galvan()?, guest)?;
+    galvan.version = version();
+    let (table, met, targets) = table(&galvan, &Measured::default());
+    println!("{table}");
+    println!("{met} of {targets} targets met");
+    let usual = || paths::root().join("bench/RESULTS-VTX.md");
+    let out = args.out.clone().unwrap_or_else(usual);
+    let text = format!(
+        "# What operations cost on VT-x\n\n\
+         Instructions per operation, guest and hypervisor together: the least of many runs of the\n\
+         micro-guest `tests/guests/src/bin/bench.rs` as dom0 with one vCPU. Made by `cargo xtask bench --vtx`.\n\n\
+         - {}\n\
+         - Bochs, `{}`, which counts an instruction as a tick\n\
+         - stock Xen's dom0 is no PVH guest on a machine without an IOMMU, so that this guest does not run\n\
+         \x20 on it here\n\n\
+         {table}\n{met} of {targets} targets met.\n",
+        galvan.version,
+        bochs::MODEL,
+    );
+    write(&out, &text)
 }
 
 /// What was built: the version, and the commit where there is git.
@@ -190,54 +237,18 @@ fn version() -> String {
 /// Boots the guest as dom0 and collects what it prints.
 fn measure(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measured> {
     eprintln!("measuring {name}");
-    fs::create_dir_all(paths::out())?;
-    let image = paths::out().join(format!("bench-{name}.img"));
-    esp::write_image(&image, &hypervisor.contents(OPTIONS, "", guest, None))?;
-    let mut machine = qemu::Machine::new(&image);
-    machine.accel = qemu::Accel::Tcg;
-    machine.boot_bus = qemu::DiskBus::Ahci;
-    machine.smp = 1;
-    machine.mem = MEMORY;
-    machine.cpu = Some(CPU.to_owned());
-    machine.snapshot = true;
-    machine.extra = ["-icount", "shift=0,sleep=off"].map(str::to_owned).into();
-    let mut child = machine
-        .command()?
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start QEMU")?;
-    let output = child.stdout.take().context("QEMU has no output")?;
-    // A machine that hangs says nothing, so its reader is another thread.
-    let (sender, lines) = std::sync::mpsc::channel();
-    std::thread::spawn(move || {
-        for line in BufReader::new(output.take(16 << 20))
-            .split(b'\n')
-            .map_while(Result::ok)
-        {
-            if sender
-                .send(String::from_utf8_lossy(&line).into_owned())
-                .is_err()
-            {
-                break;
-            }
-        }
-    });
+    let contents = hypervisor.contents(OPTIONS, "", guest, None);
     let mut measured = Measured::default();
-    let mut log = String::new();
-    while let Ok(line) = lines.recv_timeout(LIMIT) {
-        log.push_str(&line);
-        log.push('\n');
-        if measured.line(&line) {
-            break;
-        }
+    let line = |text: &str| match measured.line(text) {
+        true => Line::Last,
+        false => Line::More,
+    };
+    if name == VTX {
+        machine::run_in_bochs(name, &contents, LIMIT, line)?;
+    } else {
+        machine::run(name, &contents, MEMORY, LIMIT, line)?;
     }
-    child.kill()?;
-    child.wait()?;
-    qemu::clean_up();
-    let _ = fs::remove_file(&image);
     if !measured.ended {
-        eprintln!("{}", sh::tail(&log, 30));
         bail!("{name}: the guest did not get to its end");
     }
     Ok(measured)
@@ -296,6 +307,7 @@ fn results(
     galvan: &Measured,
     xen: &Measured,
     table: &str,
+    block: &str,
     met: usize,
     targets: usize,
 ) -> Result<String> {
@@ -310,7 +322,7 @@ fn results(
          - {qemu}: `-accel tcg -icount shift=0,sleep=off -cpu {CPU} -smp 1 -m {MEMORY}`, AMD-Vi\n\
          - that processor has no NRIP save: the length of every instruction that exits is decoded\n\
          - exits and TLB flushes of one operation are Galvan's, by its performance counters, which Debian's\n\
-         \x20 build of Xen does not have\n{}\n\
+         \x20 build of Xen does not have\n{}{block}\n\
          {table}\n{met} of {targets} targets met.\n",
         galvan.version,
         xen.version,
