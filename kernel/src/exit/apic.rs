@@ -53,6 +53,8 @@ pub fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> Result<bool, Gp> {
         cx.st.hw.set_tpr(cx.st.lapic.cr8());
     }
     if index == EOI && matches!(effect, Effect::None) {
+        // The guest may have lowered CR8 since, without an exit.
+        cx.st.lapic.set_cr8(cx.st.hw.tpr());
         return Ok(cx.st.lapic.highest_pending().is_none());
     }
     apply_lapic_effect(cx, effect);

@@ -103,7 +103,7 @@ pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
             let has_code = matches!(vector, 8 | 10..=14 | 17 | 21 | 29 | 30);
             inject(cx, Event::Exception(vector, has_code.then_some(error)))
         }
-        Exit::Shutdown => triple_fault(cx, exit),
+        Exit::Shutdown => triple_fault(cx),
         Exit::TaskSwitch => Next::Crash("hardware task switch"),
         Exit::EntryFailed { .. } => Next::Crash("the processor refused the guest state"),
         Exit::Unknown { .. } => Next::Crash("exit of an unknown kind"),
@@ -114,11 +114,11 @@ pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
 /// A triple fault is the end of the domain: a crash, unless the toolstack has set another reason, such
 /// as the restart that it is on a processor (`HVM_PARAM_TRIPLE_FAULT_REASON`).
 #[cold]
-fn triple_fault(cx: &mut Cx<'_>, exit: Exit) -> Next {
+fn triple_fault(cx: &mut Cx<'_>) -> Next {
     let reason = cx.dom.params.lock().get(HVM_PARAM_TRIPLE_FAULT_REASON);
     match reason.and_then(|r| u8::try_from(r).ok()) {
         Some(reason) if u32::from(reason) != SHUTDOWN_CRASH => {
-            report_crash(cx, exit, "triple fault, which this domain has instead of a shutdown");
+            report_crash(cx, Exit::Shutdown, "triple fault, which this domain has instead of a shutdown");
             cx.dom.shutdown(cx.hv, reason);
             Next::Yield
         }
