@@ -48,6 +48,7 @@ pub struct Args {
 /// The hypervisor on the image: a UEFI application, and what goes with it.
 #[derive(Debug)]
 pub struct Hypervisor {
+    /// The application.
     pub efi: std::path::PathBuf,
     /// The multiboot image; stock Xen has one too, but is not booted by it here.
     pub multiboot: Option<std::path::PathBuf>,
