@@ -223,14 +223,19 @@ fn end(w: &World) {
     }
 }
 
-struct Bytestream<'a>(&'a [u8]);
+/// All bytes, and how many of them were taken.
+struct Bytestream<'a>(&'a [u8], usize);
 
 impl Source for Bytestream<'_> {
     fn take(&mut self, bytes: &mut [u8]) -> Result<(), Errno> {
-        let (now, rest) = self.0.split_at_checked(bytes.len()).ok_or(Errno::ENODATA)?;
-        bytes.copy_from_slice(now);
-        self.0 = rest;
+        let left = self.0.get(self.1..).unwrap_or_default();
+        bytes.copy_from_slice(left.get(..bytes.len()).ok_or(Errno::ENODATA)?);
+        self.1 += bytes.len();
         Ok(())
+    }
+
+    fn rewind(&mut self) {
+        self.1 = 0;
     }
 }
 
@@ -268,10 +273,10 @@ pub fn records(data: &[u8]) {
             }
         }
     }
-    if hvm_context::load(w.hv, d, &mut Bytestream(&context.0)).is_ok() {
+    if hvm_context::load(w.hv, d, &mut Bytestream(&context.0, 0)).is_ok() {
         let mut again = Saved::default();
         hvm_context::save(w.hv, d, true, &mut again).expect("what was loaded can be saved");
-        let r = hvm_context::load(w.hv, d, &mut Bytestream(&again.0));
+        let r = hvm_context::load(w.hv, d, &mut Bytestream(&again.0, 0));
         assert_eq!(r, Ok(()), "what was saved can be loaded");
     }
 }
