@@ -195,6 +195,14 @@ impl Vlapic {
         }
     }
 
+    /// The class (the upper half of the vector) of the highest interrupt that waits, if the task priority
+    /// (CR8) holds it back, whatever else may.
+    #[inline]
+    pub fn held_by_priority(&self) -> Option<u8> {
+        let class = self.irrv >> 4;
+        (class != 0 && class <= self.tpr >> 4).then_some(class)
+    }
+
     /// The processor takes `vector`, which [`Self::highest_pending`] named: it moves from IRR to
     /// ISR.
     #[inline]

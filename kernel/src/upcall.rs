@@ -5,9 +5,9 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use galvan_base::direct;
-use galvan_base::hw::InService;
+use galvan_base::hw::{InService, Window};
 use galvan_base::state::{Event, RFLAGS_IF};
-use galvan_devices::vlapic::Mode;
+use galvan_devices::vlapic::{Mode, Vlapic};
 
 use crate::guest_access::Cx;
 use crate::hv::Hv;
@@ -65,24 +65,40 @@ fn choose_event(st: &mut VcpuState) -> bool {
         return true;
     }
     st.lapic.set_cr8(st.hw.tpr());
-    if let Some(vector) = st.lapic.highest_pending() {
-        if st.hw.can_take_interrupt() {
+    match st.lapic.highest_pending() {
+        Some(vector) if st.hw.can_take_interrupt() => {
             st.lapic.accept(vector);
             st.hw.inject(Event::Interrupt(vector));
             st.halted = false;
             // If another waits behind it, the window shows when it can follow.
-            let more = st.lapic.highest_pending().is_some();
-            st.hw.set_interrupt_window(more);
-        } else if !st.halted {
-            st.hw.set_interrupt_window(true);
+            let next = window(&st.lapic);
+            st.hw.set_interrupt_window(next);
         }
+        Some(_) if !st.halted => st.hw.set_interrupt_window(Window::Open),
+        None if st.lapic.held_by_priority().is_some() => {
+            let next = window(&st.lapic);
+            st.hw.set_interrupt_window(next);
+        }
+        _ => {}
     }
     !st.halted
 }
 
-/// Lends the interrupts in service to the processor.
+/// What the guest has to do before the next interrupt can be injected. One that an interrupt in service
+/// holds back comes with the end of that, which exits.
+fn window(lapic: &Vlapic) -> Window {
+    if lapic.highest_pending().is_some() {
+        return Window::Open;
+    }
+    lapic
+        .held_by_priority()
+        .map_or(Window::Closed, Window::Below)
+}
+
+/// Lends the interrupts in service to the processor. With them it has the task priority, and does not exit
+/// for it (Intel SDM "TPR Virtualization"): not while that holds an interrupt back.
 fn lend(st: &mut VcpuState) {
-    st.lent = st.lapic.mode() == Mode::X2Apic;
+    st.lent = st.lapic.mode() == Mode::X2Apic && st.lapic.held_by_priority().is_none();
     let (vectors, exits) = st.lapic.in_service();
     let lent = InService { vectors, exits };
     st.hw.lend_interrupts(st.lent.then_some(&lent));

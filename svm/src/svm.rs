@@ -29,6 +29,11 @@ pub trait Host: PageSource {
         false
     }
 
+    /// Whether a virtual interrupt may wait for the guest to lower CR8.
+    fn waits_for_cr8(&self) -> bool {
+        true
+    }
+
     /// Takes back what [`Host::injecting`] has made pending. Called with the global interrupt flag
     /// clear.
     fn injected(&self) {}

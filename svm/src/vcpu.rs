@@ -17,7 +17,7 @@
 use core::fmt;
 
 use galvan_base::exit::Exit;
-use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, VcpuConfig};
+use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, VcpuConfig, Window};
 use galvan_base::state::{ArchState, CR0_VALID, EFER_SVME, Event, Gprs, Seg, Segment};
 use galvan_base::{CpuId, Mpa};
 
@@ -752,21 +752,25 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         }
     }
 
-    fn set_interrupt_window(&mut self, wanted: bool) {
-        let open = self.vmcb.intercept1.get() & intercept1::VINTR != 0;
-        if open == wanted {
-            return;
-        }
-        // A virtual interrupt that would be taken next, and an intercept instead of taking it.
-        const WINDOW: u32 = int_ctl::V_IRQ | int_ctl::V_INTR_PRIO_MAX | int_ctl::V_IGN_TPR;
-        let control = self.vmcb.int_ctl.get() & !WINDOW;
-        let intercepts = self.vmcb.intercept1.get() & !intercept1::VINTR;
-        if wanted {
-            self.vmcb.set_int_ctl(control | WINDOW);
-            self.vmcb.set_intercept1(intercepts | intercept1::VINTR);
-        } else {
-            self.vmcb.set_int_ctl(control);
-            self.vmcb.set_intercept1(intercepts);
+    /// A virtual interrupt that would be taken, and an intercept instead of taking it.
+    fn set_interrupt_window(&mut self, w: Window) {
+        const FIELDS: u32 = int_ctl::V_IRQ | int_ctl::V_INTR_PRIO | int_ctl::V_IGN_TPR;
+        let (bits, intercept) = match w {
+            Window::Open => (FIELDS, intercept1::VINTR),
+            // It is taken when its priority is above CR8 (AMD APM volume 2 "Virtual Interrupts").
+            Window::Below(class) if self.svm.host.waits_for_cr8() => {
+                let priority = u32::from(class) << int_ctl::V_INTR_PRIO.trailing_zeros();
+                let control = int_ctl::V_IRQ | priority & int_ctl::V_INTR_PRIO;
+                (control, intercept1::VINTR)
+            }
+            Window::Closed | Window::Below(_) => (0, 0),
+        };
+        let control = self.vmcb.int_ctl.get();
+        let intercepts = self.vmcb.intercept1.get();
+        if (control & FIELDS, intercepts & intercept1::VINTR) != (bits, intercept) {
+            self.vmcb.set_int_ctl(control & !FIELDS | bits);
+            self.vmcb
+                .set_intercept1(intercepts & !intercept1::VINTR | intercept);
         }
     }
 

@@ -327,8 +327,8 @@ pub mod int_ctl {
     pub const V_TPR: u32 = 0xf;
     /// A virtual interrupt is pending.
     pub const V_IRQ: u32 = 1 << 8;
-    /// Its priority; the highest.
-    pub const V_INTR_PRIO_MAX: u32 = 0xf << 16;
+    /// Its priority: what CR8 must be below.
+    pub const V_INTR_PRIO: u32 = 0xf << 16;
     /// It ignores the TPR.
     pub const V_IGN_TPR: u32 = 1 << 20;
     /// EFLAGS.IF and CR8 of the guest hold virtual interrupts only.

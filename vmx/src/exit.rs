@@ -61,6 +61,8 @@ pub mod reason {
     pub const MWAIT: u32 = 36;
     /// MONITOR.
     pub const MONITOR: u32 = 39;
+    /// The guest has lowered its TPR below the threshold; the instruction is complete.
+    pub const TPR_BELOW_THRESHOLD: u32 = 43;
     /// PAUSE.
     pub const PAUSE: u32 = 40;
     /// EOI of one of the interrupts of which that is to be told.
@@ -178,7 +180,7 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
         reason::VMCALL => Exit::Hypercall(len()),
         reason::HLT => Exit::Hlt(len()),
         reason::INTERRUPT | reason::INIT => Exit::Interrupt,
-        reason::INTERRUPT_WINDOW => Exit::InterruptWindow,
+        reason::INTERRUPT_WINDOW | reason::TPR_BELOW_THRESHOLD => Exit::InterruptWindow,
         reason::EOI => Exit::Eoi(read(field::QUALIFICATION) as u8),
         reason::PAUSE => Exit::Pause(len()),
         reason::XSETBV => Exit::Xsetbv(len()),
@@ -306,6 +308,7 @@ mod tests {
             (2, Exit::Shutdown),
             (3, Exit::Interrupt),
             (7, Exit::InterruptWindow),
+            (43, Exit::InterruptWindow),
             (9, Exit::TaskSwitch),
             (11, Exit::NotForGuests),
             (17, Exit::NotForGuests),

@@ -31,7 +31,7 @@ use core::sync::atomic::Ordering::Relaxed;
 
 use galvan_base::exit::Exit;
 use galvan_base::fpu::{self, FpuArea};
-use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, InService, VcpuConfig};
+use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, InService, VcpuConfig, Window};
 use galvan_base::page::{Pages, Words};
 use galvan_base::state::{
     ArchState, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR0_VALID, CR4_LA57, CR4_PAE, EFER_LMA,
@@ -120,6 +120,10 @@ pub struct Vcpu<C: Cpu = Real> {
     /// What the next entry injects.
     event: u64,
     nmi_waits: bool,
+    /// The guest is to exit when its TPR falls below this.
+    threshold: u8,
+    /// What the VMCS has of that.
+    threshold_written: u8,
     cr2: u64,
     live: [u64; LIVE_MSRS.len()],
     /// DR0 to DR3, DR6.
@@ -156,6 +160,8 @@ impl<C: Cpu> Vcpu<C> {
             pointers_stale: false,
             event: 0,
             nmi_waits: false,
+            threshold: 0,
+            threshold_written: 0,
             cr2: 0,
             live: [0; LIVE_MSRS.len()],
             dr: [0; 5],
@@ -410,6 +416,24 @@ impl<C: Cpu> Vcpu<C> {
             self.vmx.cpu.set_dr(&self.dr);
         } else {
             self.dr[4] = v;
+        }
+    }
+
+    /// Writes the TPR threshold, unless the VMCS is not current: then [`HwVcpu::load`] does. Entry insists
+    /// that it is not above the TPR.
+    #[inline]
+    fn settle_threshold(&mut self) {
+        if self.threshold == self.threshold_written && self.threshold == 0 {
+            return;
+        }
+        let wanted = if self.tpr() < self.threshold {
+            0
+        } else {
+            self.threshold
+        };
+        if self.on.is_some() && wanted != self.threshold_written {
+            self.vmx.cpu.vmwrite(field::TPR_THRESHOLD, wanted.into());
+            self.threshold_written = wanted;
         }
     }
 
@@ -804,6 +828,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         if self.get(Field::DR7) & DR7_ENABLES != 0 {
             self.take_debug_registers();
         }
+        self.settle_threshold();
     }
 
     fn unload(&mut self) {
@@ -1154,8 +1179,13 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         }
     }
 
-    fn set_interrupt_window(&mut self, wanted: bool) {
-        self.controls(primary::INTERRUPT_WINDOW, wanted);
+    fn set_interrupt_window(&mut self, w: Window) {
+        self.controls(primary::INTERRUPT_WINDOW, w == Window::Open);
+        self.threshold = match w {
+            Window::Below(class) => class & 15,
+            Window::Closed | Window::Open => 0,
+        };
+        self.settle_threshold();
     }
 
     fn ends_interrupts(&self) -> bool {
@@ -1208,6 +1238,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         if let Some(w) = self.apic.get(TPR_WORD) {
             w.store(u64::from(v & 15) << 4, Relaxed);
         }
+        self.settle_threshold();
     }
 
     fn set_tsc_offset(&mut self, offset: u64) {

@@ -195,6 +195,12 @@ impl galvan_svm::Host for Machine {
         tcg
     }
 
+    /// QEMU 7.2 aborts when a guest writes CR8 while a virtual interrupt waits, and TCG takes one whose
+    /// priority is equal to CR8: such an entry would be followed by the same exit for ever.
+    fn waits_for_cr8(&self) -> bool {
+        !crate::cpu::is_tcg()
+    }
+
     fn injected(&self) {
         crate::apic::hide_held_interrupt();
     }

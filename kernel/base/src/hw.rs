@@ -242,6 +242,19 @@ pub enum PagingMode {
     Long,
 }
 
+/// What the guest has to do before an interrupt that waits outside can be brought in: then it exits
+/// with [`Exit::InterruptWindow`], at once or a little too early, and the question is asked anew.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Window {
+    /// Nothing waits.
+    Closed,
+    /// It has to be able to take interrupts: IF is set, and there is no shadow.
+    Open,
+    /// It has to lower its task priority (CR8) below this class of vectors, 1 to 15, which is not above
+    /// what is in CR8 now.
+    Below(u8),
+}
+
 /// What a virtual processor is made for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct VcpuConfig {
@@ -524,8 +537,8 @@ pub trait HwVcpu: Send + Debug {
     fn can_take_interrupt(&self) -> bool {
         self.rflags() & crate::state::RFLAGS_IF != 0 && !self.shadow() && !self.event_pending()
     }
-    /// Whether to exit as soon as the guest can take an interrupt.
-    fn set_interrupt_window(&mut self, wanted: bool);
+    /// When to exit for an interrupt that the guest cannot take yet.
+    fn set_interrupt_window(&mut self, w: Window);
     /// Whether this processor can end a guest's interrupts by itself; always the same.
     fn ends_interrupts(&self) -> bool {
         false

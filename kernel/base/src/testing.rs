@@ -18,7 +18,7 @@ use std::vec::Vec;
 use crate::exit::Exit;
 use crate::hw::{
     Access, EcamWindow, Exhausted, HostMem, HwVcpu, InService, IoApicInfo, Iommu, MemFault,
-    MsiTarget, Sbdf, Stage2Format, TscScale, VcpuConfig,
+    MsiTarget, Sbdf, Stage2Format, TscScale, VcpuConfig, Window,
 };
 use crate::state::{ArchState, Event, Gprs, RFLAGS_IF, Seg, Segment};
 use crate::{CpuId, Dfn, Mfn, Mpa, PAGE_SIZE, PageOrder, Platform};
@@ -884,7 +884,7 @@ struct VcpuInner {
     entries: u64,
     waiting: Option<Event>,
     delivered: Vec<Event>,
-    window: bool,
+    window: Window,
     ends_interrupts: bool,
     lent: Option<InService>,
     tpr: u8,
@@ -893,6 +893,18 @@ struct VcpuInner {
     flushes: u64,
     xcr0: u64,
     fpu: Vec<u8>,
+}
+
+impl VcpuInner {
+    /// Whether what a window waits for is there, given that the guest can take interrupts.
+    fn window_is_open(&self) -> bool {
+        let able = self.state.rflags & RFLAGS_IF != 0 && !self.state.shadow;
+        match self.window {
+            Window::Closed => false,
+            Window::Open => able,
+            Window::Below(class) => able && self.tpr < class,
+        }
+    }
 }
 
 /// A virtual processor whose guest is a script. Clones are the same processor, so a test keeps one
@@ -929,7 +941,7 @@ impl FakeVcpu {
                 entries: 0,
                 waiting: None,
                 delivered: Vec::new(),
-                window: false,
+                window: Window::Closed,
                 ends_interrupts: false,
                 lent: None,
                 tpr: 0,
@@ -987,8 +999,8 @@ impl FakeVcpu {
         lent.vectors[usize::from(v >> 6)] &= !(1 << (v & 63));
         has(&lent.exits, v).then_some(v)
     }
-    /// Whether an interrupt window is asked for.
-    pub fn window_wanted(&self) -> bool {
+    /// The interrupt window that is asked for.
+    pub fn window(&self) -> Window {
         self.inner().window
     }
     /// What is added to the host's TSC.
@@ -1043,7 +1055,7 @@ impl HwVcpu for FakeVcpu {
                     );
                     inner.delivered.push(e);
                 }
-                None if inner.window && open => return Exit::InterruptWindow,
+                None if inner.window_is_open() => return Exit::InterruptWindow,
                 None => {}
             }
             inner.script.pop_front()
@@ -1195,8 +1207,8 @@ impl HwVcpu for FakeVcpu {
         self.inner().waiting = Some(e);
     }
 
-    fn set_interrupt_window(&mut self, wanted: bool) {
-        self.inner().window = wanted;
+    fn set_interrupt_window(&mut self, w: Window) {
+        self.inner().window = w;
     }
 
     fn tpr(&self) -> u8 {
@@ -1443,7 +1455,7 @@ mod tests {
         v.inject(Event::UD);
         assert_eq!(v.enter(&mut regs), Exit::Hypercall(3));
         assert_eq!((regs.rax, guest.take_delivered()), (7, [Event::UD].into()));
-        v.set_interrupt_window(true);
+        v.set_interrupt_window(Window::Open);
         assert_eq!(v.enter(&mut regs), Exit::Hlt(1));
         guest.with_state(|s| s.rflags |= RFLAGS_IF);
         assert_eq!(v.enter(&mut regs), Exit::InterruptWindow);

@@ -5,6 +5,7 @@
 //! [`crate::run`].
 
 use galvan_base::exit::Exit;
+use galvan_base::hw::Window;
 use galvan_base::state::{Event, RFLAGS_IF, Seg};
 use galvan_devices::vlapic::Effect;
 use galvan_dom0_proto::hvm::HVM_PARAM_TRIPLE_FAULT_REASON;
@@ -75,7 +76,7 @@ pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
             Next::Resume
         }
         Exit::InterruptWindow => {
-            cx.st.hw.set_interrupt_window(false);
+            cx.st.hw.set_interrupt_window(Window::Closed);
             Next::Resume
         }
         Exit::Eoi(vector) => {

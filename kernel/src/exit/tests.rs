@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 use std::boxed::Box;
 
 use galvan_base::exit::{Exit, NestedFault, Pio};
-use galvan_base::hw::{CpuId, HostIrq, IoApicInfo};
+use galvan_base::hw::{CpuId, HostIrq, IoApicInfo, Window};
 use galvan_base::state::{
     ArchState, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, Event, Seg,
 };
@@ -618,6 +618,44 @@ fn tpr_and_cr8_are_one_register() {
     assert_eq!(s.w.with_cx(1, 0, |cx| cx.st.hw.tpr()), 5);
     s.w.with_cx(1, 0, |cx| cx.st.hw.set_tpr(9));
     assert_eq!(s.rdmsr(X2_TPR), Ok(0x90));
+}
+
+#[test]
+fn an_interrupt_that_cr8_holds_back_comes_when_the_guest_lowers_it() {
+    let s = with_virtual_eoi(&[]);
+    let hw = s.hw(1, 0);
+    let post = |vector| {
+        s.w.vcpu(1, 0).post_vector(s.w.hv, vector, false);
+        s.w.with_cx(1, 0, crate::run::serve_requests);
+    };
+    s.w.with_cx(1, 0, |cx| cx.st.hw.set_tpr(5));
+    post(0x41);
+    s.w.with_cx(1, 0, |cx| {
+        assert!(crate::upcall::prepare_entry(cx));
+        assert_eq!((hw.waiting(), hw.window()), (None, Window::Below(4)));
+        assert!(!cx.st.lent, "a processor that has the TPR does not exit for it");
+    });
+    post(0x51);
+    s.w.with_cx(1, 0, |cx| {
+        assert!(crate::upcall::prepare_entry(cx));
+        assert_eq!((hw.waiting(), hw.window()), (None, Window::Below(5)));
+        cx.st.hw.set_tpr(4);
+        assert_eq!(handle(cx, Exit::InterruptWindow), Next::Resume);
+        assert_eq!(hw.window(), Window::Closed);
+        assert!(crate::upcall::prepare_entry(cx));
+        assert_eq!(hw.waiting(), Some(Event::Interrupt(0x51)));
+        assert_eq!(hw.window(), Window::Below(4), "the other waits still");
+    });
+}
+
+#[test]
+fn a_halted_guest_stays_so_while_cr8_holds_its_interrupt_back() {
+    let s = with_virtual_eoi(&[0x41]);
+    s.w.with_cx(1, 0, |cx| {
+        cx.st.hw.set_tpr(4);
+        cx.st.halted = true;
+        assert!(!crate::upcall::prepare_entry(cx));
+    });
 }
 
 #[test]

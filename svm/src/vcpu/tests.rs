@@ -493,14 +493,17 @@ fn the_interrupt_window_opens_and_closes() {
     let mut v = vcpu(svm, 0x1000, false);
     v.set_tpr(9);
     let base = v.vmcb.int_ctl.get();
-    v.set_interrupt_window(true);
+    v.set_interrupt_window(Window::Open);
     assert_eq!(v.vmcb.int_ctl.get(), base | 1 << 8 | 0xf << 16 | 1 << 20);
     assert_ne!(v.vmcb.intercept1.get() & intercept1::VINTR, 0);
     assert_eq!(v.tpr(), 9);
     v.load();
     guest_exits(code::VINTR);
     assert_eq!(enter(&mut v), Exit::InterruptWindow);
-    v.set_interrupt_window(false);
+    v.set_interrupt_window(Window::Below(7));
+    assert_eq!(v.vmcb.int_ctl.get(), base | 1 << 8 | 7 << 16, "CR8 counts");
+    assert_ne!(v.vmcb.intercept1.get() & intercept1::VINTR, 0);
+    v.set_interrupt_window(Window::Closed);
     assert_eq!(v.vmcb.int_ctl.get(), base);
     assert_eq!(v.vmcb.intercept1.get() & intercept1::VINTR, 0);
 }

@@ -574,13 +574,13 @@ fn interrupt_windows_open_and_close() {
     let vmx = boot(new());
     let mut v = vcpu(vmx, 0x1000, false);
     v.load();
-    v.set_interrupt_window(true);
+    v.set_interrupt_window(Window::Open);
     guest(|g| {
         assert_ne!(g.get(PRIMARY) & 4, 0);
         g.exit(reason::INTERRUPT_WINDOW);
     });
     assert_eq!(enter(&mut v), Exit::InterruptWindow);
-    v.set_interrupt_window(false);
+    v.set_interrupt_window(Window::Closed);
     guest(|g| {
         assert_eq!(g.get(PRIMARY) & 4, 0);
         g.exit(reason::HLT);
@@ -838,6 +838,47 @@ fn tpr_is_in_the_virtual_apic_page() {
     assert_eq!(v.tpr(), 15);
     v.set_tpr(3);
     assert_eq!(v.tpr(), 3);
+}
+
+#[test]
+fn the_guest_exits_when_its_tpr_falls_below_the_threshold_which_is_never_above_the_tpr() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    v.set_tpr(9);
+    v.set_interrupt_window(Window::Below(7));
+    guest(|g| {
+        assert_eq!((g.get(field::TPR_THRESHOLD), g.get(PRIMARY) & 4), (7, 0));
+        g.exit(reason::TPR_BELOW_THRESHOLD);
+    });
+    assert_eq!(enter(&mut v), Exit::InterruptWindow);
+    // Entry would fail.
+    v.set_tpr(3);
+    guest(|g| {
+        assert_eq!(g.get(field::TPR_THRESHOLD), 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    // Changed where the VMCS is not current, it is right when it is so again.
+    v.set_tpr(7);
+    v.unload();
+    v.set_tpr(7);
+    v.load();
+    guest(|g| {
+        assert_eq!(g.get(field::TPR_THRESHOLD), 7);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    v.unload();
+    v.set_tpr(0);
+    v.load();
+    v.set_interrupt_window(Window::Open);
+    guest(|g| {
+        assert_eq!((g.get(field::TPR_THRESHOLD), g.get(PRIMARY) & 4), (0, 4));
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    v.unload();
 }
 
 #[test]
