@@ -278,12 +278,32 @@ impl Vlapic {
         (isr, core::array::from_fn(|n| isr[n] & (tmr[n] | waits)))
     }
 
+    /// For a processor that delivers interrupts, too: IRR, and those in it or in ISR whose end matters to
+    /// somebody else.
+    #[inline]
+    pub fn waiting(&self) -> ([u64; 4], [u64; 4]) {
+        let (irr, isr, tmr) = (self.irr.0, self.isr.0, self.tmr.0);
+        (irr, core::array::from_fn(|n| (irr[n] | isr[n]) & tmr[n]))
+    }
+
     /// What is still in service of what such a processor had.
     #[inline]
     pub fn set_in_service(&mut self, isr: [u64; 4]) {
         self.isr.0 = isr;
         self.isrv = self.isr.highest();
         self.update_ppr();
+    }
+
+    /// What waits of what a processor that delivers had, before [`Self::set_in_service`] of the same. What
+    /// has come to it since is edge-triggered.
+    #[inline]
+    pub fn set_waiting(&mut self, irr: [u64; 4], isr: [u64; 4]) {
+        for (n, tmr) in self.tmr.0.iter_mut().enumerate() {
+            let known = self.irr.0[n] | self.isr.0[n];
+            *tmr &= known | !(irr[n] | isr[n]);
+        }
+        self.irr.0 = irr;
+        self.irrv = self.irr.highest();
     }
 
     /// WRMSR of one of [`MSR_APIC_BASE`], [`MSR_TSC_DEADLINE`] and [`MSR_X2APIC`]..=
@@ -313,8 +333,9 @@ impl Vlapic {
         self.ppr = self.tpr.max(self.isrv & 0xf0);
     }
 
+    /// Whether it takes interrupts: it is enabled by software (SVR).
     #[inline]
-    fn software_enabled(&self) -> bool {
+    pub fn software_enabled(&self) -> bool {
         self.svr & SVR_ENABLE != 0
     }
 }

@@ -362,6 +362,8 @@ features! {
     INTREMAP = 20, "intremap";
     /// Memory-mapped access to PCI configuration space.
     MMCFG = 21, "mmcfg";
+    /// VMX: delivery of a guest's interrupts by the processor, without which it only ends them.
+    VIRTUAL_INTERRUPTS = 22, "virtualintr";
 }
 
 /// Something on the command line that has no effect, and why. `word` is the option as it stands

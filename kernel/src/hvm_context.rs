@@ -483,6 +483,7 @@ impl Loader<'_> {
         // What was posted before is of the state that is replaced.
         v.requests.store(0, Ordering::SeqCst);
         v.posted_any.store(0, Ordering::SeqCst);
+        v.take_direct();
         for word in v.posted.iter().chain(&v.posted_level) {
             word.store(0, Ordering::SeqCst);
         }

@@ -8,6 +8,7 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use galvan_base::PageOrder;
+use galvan_base::hw::VirtualApic;
 use galvan_base::exit::Exit;
 use galvan_base::state::ArchState;
 
@@ -15,7 +16,7 @@ use crate::domain::Domain;
 use crate::exit::{self, Next};
 use crate::guest_access::Cx;
 use crate::hv::Hv;
-use crate::vcpu::{Vcpu, block, request};
+use crate::vcpu::{POSTED_DIRECT, Vcpu, block, request};
 
 /// What an idle CPU zeroes between two looks at whether there is work: so long a deadline may be
 /// missed for it.
@@ -137,8 +138,16 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
             me.in_guest.store(0, Ordering::SeqCst);
             continue;
         }
+        let delivers = cx.st.lent == VirtualApic::Delivers;
+        if delivers && !v.open_posting() {
+            me.in_guest.store(0, Ordering::SeqCst);
+            continue;
+        }
         let st = &mut *cx.st;
         let exit = st.hw.enter(&mut st.regs);
+        if delivers {
+            v.close_posting();
+        }
         me.entries.fetch_add(1, Ordering::Relaxed);
         me.in_guest.store(0, Ordering::SeqCst);
 
@@ -182,6 +191,12 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
 pub(crate) fn serve_requests(cx: &mut Cx<'_>) {
     let v = cx.vcpu;
     let mut words = v.posted_any.swap(0, Ordering::SeqCst);
+    if words & POSTED_DIRECT != 0 {
+        words &= !POSTED_DIRECT;
+        for (n, vectors) in v.take_direct().into_iter().enumerate() {
+            cx.st.lapic.sync_posted(n, vectors, 0);
+        }
+    }
     while words != 0 {
         let n = words.trailing_zeros() as usize;
         words &= words - 1;

@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use galvan_base::direct;
-use galvan_base::hw::{InService, Window};
+use galvan_base::hw::{Lent, VirtualApic, Window};
 use galvan_base::state::{Event, RFLAGS_IF};
 use galvan_devices::vlapic::{Mode, Vlapic};
 
@@ -47,17 +47,21 @@ pub fn recheck(hv: Hv, v: &Arc<Vcpu>) {
 /// that: it must not be entered.
 ///
 /// A processor that can end interrupts by itself is lent those in service while the local APIC is in
-/// x2APIC mode. Those that wait stay here: see `docs/emulators.md` on what Bochs does with them.
+/// x2APIC mode; one that can deliver them, those that wait, too.
 pub fn prepare_entry(cx: &mut Cx<'_>) -> bool {
     let st = &mut *cx.st;
-    let enter = choose_event(st);
-    if enter && st.ends_interrupts {
-        lend(st);
+    let delivers = st.virtual_apic == VirtualApic::Delivers
+        && st.lapic.mode() == Mode::X2Apic
+        && st.lapic.software_enabled();
+    let enter = choose_event(st, delivers);
+    if enter && st.virtual_apic != VirtualApic::None {
+        lend(st, delivers);
     }
     enter
 }
 
-fn choose_event(st: &mut VcpuState) -> bool {
+/// `delivers`: interrupts are not injected, but lent to a processor that delivers them.
+fn choose_event(st: &mut VcpuState, delivers: bool) -> bool {
     if st.nmi_pending && !st.nmi_blocked && !st.hw.event_pending() && !st.hw.shadow() {
         st.nmi_pending = false;
         st.halted = false;
@@ -66,6 +70,7 @@ fn choose_event(st: &mut VcpuState) -> bool {
     }
     st.lapic.set_cr8(st.hw.tpr());
     match st.lapic.highest_pending() {
+        Some(_) if delivers => st.halted &= !st.hw.can_take_interrupt(),
         Some(vector) if st.hw.can_take_interrupt() => {
             st.lapic.accept(vector);
             st.hw.inject(Event::Interrupt(vector));
@@ -75,7 +80,7 @@ fn choose_event(st: &mut VcpuState) -> bool {
             st.hw.set_interrupt_window(next);
         }
         Some(_) if !st.halted => st.hw.set_interrupt_window(Window::Open),
-        None if st.lapic.held_by_priority().is_some() => {
+        None if !delivers && st.lapic.held_by_priority().is_some() => {
             let next = window(&st.lapic);
             st.hw.set_interrupt_window(next);
         }
@@ -95,23 +100,47 @@ fn window(lapic: &Vlapic) -> Window {
         .map_or(Window::Closed, Window::Below)
 }
 
-/// Lends the interrupts in service to the processor. With them it has the task priority, and does not exit
-/// for it (Intel SDM "TPR Virtualization"): not while that holds an interrupt back.
-fn lend(st: &mut VcpuState) {
-    st.lent = st.lapic.mode() == Mode::X2Apic && st.lapic.held_by_priority().is_none();
-    let (vectors, exits) = st.lapic.in_service();
-    let lent = InService { vectors, exits };
-    st.hw.lend_interrupts(st.lent.then_some(&lent));
+/// Lends interrupts to the processor. With those in service it has the task priority, and does not exit for
+/// it (Intel SDM "TPR Virtualization"): not while that holds back one that is to be injected.
+fn lend(st: &mut VcpuState, delivers: bool) {
+    let (in_service, ends) = st.lapic.in_service();
+    let lent = if delivers {
+        let (waiting, exits) = st.lapic.waiting();
+        // With it the processor would deliver none.
+        st.hw.set_interrupt_window(Window::Closed);
+        Some(Lent {
+            waiting,
+            in_service,
+            exits,
+        })
+    } else if st.lapic.mode() == Mode::X2Apic && st.lapic.held_by_priority().is_none() {
+        Some(Lent {
+            waiting: [0; 4],
+            in_service,
+            exits: ends,
+        })
+    } else {
+        None
+    };
+    st.lent = match lent {
+        None => VirtualApic::None,
+        Some(_) if delivers => VirtualApic::Delivers,
+        Some(_) => VirtualApic::Ends,
+    };
+    st.hw.lend_interrupts(lent.as_ref());
 }
 
-/// Takes the interrupts in service back from the processor, if it has them. Before every use of the local
-/// APIC: they are lent anew before the next entry.
+/// Takes interrupts back from the processor, if it has them. Before every use of the local APIC: they are lent
+/// anew before the next entry.
 #[inline]
 pub fn take_back(st: &mut VcpuState) {
-    if st.lent {
-        st.lent = false;
-        let vectors = st.hw.in_service();
-        st.lapic.set_in_service(vectors);
+    if st.lent != VirtualApic::None {
+        let (waiting, in_service) = st.hw.lent_interrupts();
+        if st.lent == VirtualApic::Delivers {
+            st.lapic.set_waiting(waiting, in_service);
+        }
+        st.lapic.set_in_service(in_service);
+        st.lent = VirtualApic::None;
     }
 }
 

@@ -15,7 +15,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use galvan_base::hw::{HwVcpu, VcpuConfig};
+use galvan_base::hw::{HwVcpu, Posting, VcpuConfig, VirtualApic};
 use galvan_base::state::{ArchState, Gprs};
 use galvan_base::sync::{RankedLock, rank};
 use galvan_base::{Mfn, PAGE_SIZE};
@@ -29,6 +29,9 @@ use crate::mm::PageRef;
 use crate::run::sooner;
 use crate::sched::SchedUnit;
 use crate::timer::TimerSlot;
+
+/// In [`Vcpu::posted_any`]: something may be where the processor looks while it is in the guest.
+pub const POSTED_DIRECT: u32 = 1 << 4;
 
 /// Reasons for which a vCPU does not run, in [`Vcpu::blocked`].
 pub mod block {
@@ -77,8 +80,12 @@ pub struct Vcpu {
     pub posted: [AtomicU64; 4],
     /// Which of them are level-triggered.
     pub posted_level: [AtomicU64; 4],
-    /// The words of `posted`, by bits, in which some may be set.
+    /// The words of `posted`, by bits, in which some may be set, and [`POSTED_DIRECT`].
     pub posted_any: AtomicU32,
+    /// Where vectors are posted while it is in its guest and its processor takes them in by itself.
+    direct: Option<Arc<dyn Posting>>,
+    /// It is, and does.
+    direct_open: AtomicBool,
     /// Machine address of its `vcpu_info`: frame << 12 | offset.
     info: AtomicU64,
     /// Local APIC vector for event-channel upcalls, 0 if the guest uses none.
@@ -126,10 +133,10 @@ pub struct VcpuState {
     pub hw: Box<dyn HwVcpu>,
     /// Local APIC.
     pub lapic: Vlapic,
-    /// The processor can end the interrupts of the local APIC by itself.
-    pub ends_interrupts: bool,
-    /// It has those in service: `lapic` is out of date until [`crate::upcall::take_back`].
-    pub lent: bool,
+    /// What the processor can do for the local APIC by itself.
+    pub virtual_apic: VirtualApic,
+    /// What it does now: `lapic` is out of date until [`crate::upcall::take_back`] unless that is nothing.
+    pub lent: VirtualApic,
     /// Deadlines.
     pub timers: VcpuTimers,
     /// HLT or SCHEDOP_block is in effect: do not enter before an interrupt can be taken.
@@ -210,6 +217,8 @@ impl Vcpu {
             posted: Default::default(),
             posted_level: Default::default(),
             posted_any: AtomicU32::new(0),
+            direct: hw.posting(),
+            direct_open: AtomicBool::new(false),
             info: AtomicU64::new(info),
             upcall_vector: AtomicU32::new(0),
             poll_port: AtomicU32::new(0),
@@ -221,8 +230,8 @@ impl Vcpu {
             info_page: RankedLock::new(None),
             state: RankedLock::new(VcpuState {
                 regs: Gprs::default(),
-                ends_interrupts: hw.ends_interrupts(),
-                lent: false,
+                virtual_apic: hw.virtual_apic(),
+                lent: VirtualApic::None,
                 hw,
                 lapic,
                 timers: VcpuTimers::default(),
@@ -293,6 +302,13 @@ impl Vcpu {
 
     /// Posts an interrupt vector to its local APIC.
     pub fn post_vector(self: &Arc<Self>, hv: Hv, vector: u8, level: bool) {
+        if let Some(direct) = &self.direct
+            && !level
+            && self.direct_open.load(Ordering::SeqCst)
+        {
+            self.post_directly(hv, &**direct, vector);
+            return;
+        }
         let (word, bit) = (usize::from(vector >> 6), 1u64 << (vector & 63));
         if let (Some(p), Some(l)) = (self.posted.get(word), self.posted_level.get(word)) {
             if level {
@@ -302,6 +318,49 @@ impl Vcpu {
         }
         self.posted_any.fetch_or(1 << word, Ordering::SeqCst);
         self.notify(hv);
+    }
+
+    /// The vCPU was seen in its guest. If it still is there after the vector was posted, its processor takes
+    /// that in, or [`Self::close_posting`] sees it. If it has left, it may have looked before.
+    fn post_directly(self: &Arc<Self>, hv: Hv, direct: &dyn Posting, vector: u8) {
+        let tell = direct.post(vector);
+        if !self.direct_open.load(Ordering::SeqCst) {
+            self.posted_any.fetch_or(POSTED_DIRECT, Ordering::SeqCst);
+            self.notify(hv);
+        } else if tell
+            && let Some(cpu) = self.unit.running_on()
+            && cpu != hv.hw.cpu()
+        {
+            hv.hw.notify_posted(cpu);
+        }
+    }
+
+    /// From here on others post to the processor, in which the vCPU is about to enter its guest with
+    /// interrupts lent. False if somebody has already, unnoticed by the processor: it must not be entered.
+    #[inline]
+    pub fn open_posting(&self) -> bool {
+        let Some(direct) = &self.direct else { return true };
+        self.direct_open.store(true, Ordering::SeqCst);
+        let none = !direct.any();
+        if !none {
+            self.close_posting();
+        }
+        none
+    }
+
+    /// The vCPU has left its guest.
+    #[inline]
+    pub fn close_posting(&self) {
+        let Some(direct) = &self.direct else { return };
+        self.direct_open.store(false, Ordering::SeqCst);
+        if direct.any() {
+            self.posted_any.fetch_or(POSTED_DIRECT, Ordering::SeqCst);
+        }
+    }
+
+    /// Takes what was posted to the processor and not noticed by it.
+    pub fn take_direct(&self) -> [u64; 4] {
+        self.direct.as_ref().map_or([0; 4], |d| d.take())
     }
 
     /// Asks for something of [`request`].

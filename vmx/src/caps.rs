@@ -25,6 +25,10 @@ bitflags::bitflags! {
         const VIRTUAL_EOI = 1 << 2;
         /// There it reads registers of the local APIC by itself.
         const APIC_REGISTERS = 1 << 3;
+        /// There it delivers interrupts by itself, too.
+        const VIRTUAL_INTERRUPTS = 1 << 4;
+        /// Other processors post interrupts to it without an exit.
+        const POSTED = 1 << 5;
     }
 }
 
@@ -34,7 +38,10 @@ impl Features {
         Some(match name {
             "vpid" => Self::VPID,
             "pausefilter" => Self::PAUSE_LOOP,
+            // What follows from the first goes with it.
             "apicv" => Self::VIRTUAL_EOI.union(Self::APIC_REGISTERS),
+            "virtualintr" => Self::VIRTUAL_INTERRUPTS,
+            "posted" => Self::POSTED,
             _ => return None,
         })
     }
@@ -78,6 +85,8 @@ pub mod pin {
     pub const NMI: u32 = 1 << 3;
     /// The guest has NMI blocking of its own.
     pub const VIRTUAL_NMIS: u32 = 1 << 5;
+    /// One vector tells the guest's processor of posted interrupts, and does not exit.
+    pub const POSTED: u32 = 1 << 7;
 }
 
 /// Primary processor-based controls.
@@ -156,6 +165,8 @@ pub mod exit {
     pub const SAVE_DEBUG: u32 = 1 << 2;
     /// The host is in 64-bit mode.
     pub const HOST_64: u32 = 1 << 9;
+    /// Interrupts are acknowledged, and their vector is in the VMCS.
+    pub const ACKNOWLEDGE: u32 = 1 << 15;
     /// The host's PAT is loaded.
     pub const LOAD_PAT: u32 = 1 << 19;
     /// The guest's EFER is saved.
@@ -390,6 +401,11 @@ impl fmt::Display for Caps {
                 self.features.contains(Features::APIC_REGISTERS),
                 "APIC-register virtualization",
             ),
+            (
+                self.features.contains(Features::VIRTUAL_INTERRUPTS),
+                "virtual-interrupt delivery",
+            ),
+            (self.features.contains(Features::POSTED), "posted interrupts"),
             (self.largest_page == PageOrder::P1G, "1 GiB pages"),
             (self.xsave.is_some(), "XSAVE"),
             (self.tsc_aux, "RDTSCP"),
@@ -476,12 +492,22 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
         Features::PAUSE_LOOP,
         may(raw.secondary, secondary::PAUSE_LOOP),
     );
-    features.set(Features::VIRTUAL_EOI, may(raw.secondary, DELIVERY));
-    features.remove(off);
+    features.set(
+        Features::VIRTUAL_EOI,
+        may(raw.secondary, DELIVERY) && !off.contains(Features::VIRTUAL_EOI),
+    );
+    let apic = features.contains(Features::VIRTUAL_EOI);
     features.set(
         Features::APIC_REGISTERS,
-        may(raw.secondary, secondary::APIC_REGISTERS) && features.contains(Features::VIRTUAL_EOI),
+        apic && may(raw.secondary, secondary::APIC_REGISTERS),
     );
+    let delivers = apic && !off.contains(Features::VIRTUAL_INTERRUPTS);
+    features.set(Features::VIRTUAL_INTERRUPTS, delivers);
+    features.set(
+        Features::POSTED,
+        delivers && may(raw.pin, pin::POSTED) && may(raw.exit, exit::ACKNOWLEDGE),
+    );
+    features.remove(off);
 
     let mut wants = secondary::RDTSCP | secondary::WBINVD | secondary::INVPCID | secondary::ENCLS;
     if features.contains(Features::VPID) {
@@ -547,7 +573,12 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
                 (exit::SAVE_EFER, "saving of EFER"),
                 (exit::LOAD_EFER, "loading of EFER"),
             ],
-            0,
+            // Posting needs it; without posting interrupts are taken when the host lets them in.
+            if features.contains(Features::POSTED) {
+                exit::ACKNOWLEDGE
+            } else {
+                0
+            },
             &[],
         )?,
         entry: control(

@@ -130,6 +130,8 @@ pub enum Cause {
     },
     /// The guest can take an NMI.
     NmiWindow,
+    /// An interrupt of the host's. Where the processor acknowledges those, its vector is in the VMCS.
+    HostInterrupt,
     /// An NMI of the host's; it is blocked until an IRET.
     HostNmi,
     /// A machine check.
@@ -179,7 +181,8 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
         reason::IO => Exit::Pio(pio(&read)),
         reason::VMCALL => Exit::Hypercall(len()),
         reason::HLT => Exit::Hlt(len()),
-        reason::INTERRUPT | reason::INIT => Exit::Interrupt,
+        reason::INTERRUPT => return Cause::HostInterrupt,
+        reason::INIT => Exit::Interrupt,
         reason::INTERRUPT_WINDOW | reason::TPR_BELOW_THRESHOLD => Exit::InterruptWindow,
         reason::EOI => Exit::Eoi(read(field::QUALIFICATION) as u8),
         reason::PAUSE => Exit::Pause(len()),
@@ -304,7 +307,6 @@ mod tests {
     #[test]
     fn reasons_without_information() {
         let table = [
-            (1, Exit::Interrupt),
             (2, Exit::Shutdown),
             (3, Exit::Interrupt),
             (7, Exit::InterruptWindow),

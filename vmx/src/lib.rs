@@ -25,6 +25,7 @@ pub mod exit;
 pub mod inject;
 pub mod insn;
 pub mod percpu;
+pub mod posted;
 pub mod state;
 #[cfg(test)]
 mod testing;

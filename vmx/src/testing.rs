@@ -65,6 +65,12 @@ impl Host for TestHost {
     fn pat_efer(&self) -> (u64, u64) {
         (0x0007_0106_0007_0106, 0xd00)
     }
+    fn interrupt(&self, vector: u8) {
+        machine(|m| m.interrupts.push(vector));
+    }
+    fn posted_vector(&self) -> u8 {
+        0xfc
+    }
 }
 
 pub(crate) fn source() -> &'static dyn PageSource {
@@ -126,6 +132,8 @@ pub(crate) struct Machine {
     current: BTreeMap<u32, u64>,
     on: BTreeMap<u32, bool>,
     pub memory: BTreeMap<u64, u64>,
+    /// Interrupts that the host was given.
+    pub interrupts: Vec<u8>,
     pub msrs: BTreeMap<u32, u64>,
     pub xcr0: u64,
     pub fpu: Vec<u8>,

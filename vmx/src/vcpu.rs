@@ -18,20 +18,24 @@
 //!
 //! Where the processor can, it ends interrupts by itself while the guest's local APIC is in x2APIC mode: ISR is
 //! then in the virtual-APIC page, and whoever owns the local APIC lends and takes back what is in it. The
-//! page is memory like any other, so it can be read wherever the VMCS is. No interrupt waits there
-//! (RVI is 0): all are injected. (Intel SDM "APIC Virtualization and Virtual Interrupts".)
+//! page is memory like any other, so it can be read wherever the VMCS is. Unless that is switched off
+//! (`no=virtualintr`, for docs/emulators.md), IRR is there too, and nothing is injected: the processor delivers
+//! what waits, and takes in what others post ([`crate::posted`]). (Intel SDM "APIC Virtualization and Virtual
+//! Interrupts".)
 //!
 //! Translations are tagged by the tables' address and the VPID, which each vCPU has for itself. What
 //! a CPU knows of a vCPU that comes from another is forgotten, that is everything under its tables:
 //! so a VPID can be a number modulo 2^16.
 
+use alloc::sync::Arc;
 use core::fmt;
-use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 
 use galvan_base::exit::Exit;
 use galvan_base::fpu::{self, FpuArea};
-use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, InService, VcpuConfig, Window};
+use galvan_base::hw::{
+    Exhausted, HwCounts, HwVcpu, Lent, Posting, VcpuConfig, VirtualApic, Window,
+};
 use galvan_base::page::{Pages, Words};
 use galvan_base::state::{
     ArchState, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR0_VALID, CR4_LA57, CR4_PAE, EFER_LMA,
@@ -39,10 +43,11 @@ use galvan_base::state::{
 };
 use galvan_base::{CpuId, Mpa};
 
-use crate::caps::{Features, entry, primary, secondary};
+use crate::caps::{Features, entry, exit as exit_control, pin, primary, secondary};
 use crate::exit::{self, Cause, reason};
 use crate::insn::{Cpu, Entry, Real, Scope};
 use crate::percpu::{LIVE_MSRS, PerCpu};
+use crate::posted::Descriptor;
 use crate::state::CR4_PCIDE;
 use crate::vmcs::{Field, GuestVmcs, Part, field};
 use crate::vmx::Vmx;
@@ -79,6 +84,8 @@ const RFLAGS_RF: u64 = 1 << 16;
 const TPR_WORD: usize = 0x80 / 8;
 /// ISR in it: eight registers of 32 bits each, 16 bytes apart.
 const ISR_WORD: usize = 0x100 / 8;
+/// IRR, likewise.
+const IRR_WORD: usize = 0x200 / 8;
 /// EPTP: write-back, four levels.
 const EPTP_FLAGS: u64 = 6 | 3 << 3;
 
@@ -108,6 +115,8 @@ pub struct Vcpu<C: Cpu = Real> {
     apic: Pages<Words<512>>,
     /// The processor ends the guest's interrupts by itself.
     virtual_eoi: bool,
+    /// Where others post interrupts, if the processor takes them in by itself.
+    posted: Option<Arc<Descriptor>>,
     /// The vectors whose EOI exits then.
     eoi_exits: [u64; 4],
     /// The CPU on which it is loaded.
@@ -153,6 +162,11 @@ impl<C: Cpu> Vcpu<C> {
             host_rsp: 0,
             apic: Pages::new(vmx.host)?,
             virtual_eoi: false,
+            posted: if vmx.caps.features.contains(Features::POSTED) {
+                Some(Arc::new(Descriptor::new(vmx.host)?))
+            } else {
+                None
+            },
             eoi_exits: [0; 4],
             on: None,
             last: None,
@@ -223,6 +237,10 @@ impl<C: Cpu> Vcpu<C> {
             _ => (0, &self.vmx.msrs),
         };
         c.vmwrite(field::SECONDARY, u64::from(self.secondary() | more));
+        if self.posted.is_some() {
+            let posted = if on { pin::POSTED } else { 0 };
+            c.vmwrite(field::PIN, u64::from(self.vmx.caps.controls.pin | posted));
+        }
         c.vmwrite(field::MSR_BITMAP, msrs.mpa().get());
         if on {
             self.write_eoi_exits([0; 4]);
@@ -238,9 +256,29 @@ impl<C: Cpu> Vcpu<C> {
         self.eoi_exits = vectors;
     }
 
-    /// The word of the virtual-APIC page with ISR's `n`th 32 bits.
-    fn isr_word(&self, n: usize) -> Option<&AtomicU64> {
-        self.apic.get(ISR_WORD + n * 2)
+    /// Writes a bitmap of vectors to the virtual-APIC page, and gives the highest, 0 for none.
+    fn write_vectors(&self, at: usize, vectors: [u64; 4]) -> u64 {
+        let mut highest = 0;
+        for (n, word) in (0..).zip(vectors) {
+            for (half, bits) in [(0, word & 0xffff_ffff), (1, word >> 32)] {
+                if let Some(w) = self.apic.get(at + (2 * n + half) * 2) {
+                    w.store(bits, Relaxed);
+                }
+            }
+            if word != 0 {
+                highest = n as u64 * 64 + u64::from(63 - word.leading_zeros());
+            }
+        }
+        highest
+    }
+
+    /// Reads one.
+    fn read_vectors(&self, at: usize) -> [u64; 4] {
+        let half = |n: usize| {
+            let word = self.apic.get(at + n * 2);
+            word.map_or(0, |w| w.load(Relaxed) & 0xffff_ffff)
+        };
+        core::array::from_fn(|n| half(2 * n) | half(2 * n + 1) << 32)
     }
 
     /// Writes the fields that never change, into a VMCS that the processor has not seen before.
@@ -292,6 +330,11 @@ impl<C: Cpu> Vcpu<C> {
         }
         if caps.features.contains(Features::VPID) {
             c.vmwrite(field::VPID, self.vpid());
+        }
+        if let Some(d) = &self.posted {
+            let vector = self.vmx.host.posted_vector();
+            c.vmwrite(field::POSTED_VECTOR, vector.into());
+            c.vmwrite(field::POSTED_DESCRIPTOR, d.mpa().get());
         }
         if caps.features.contains(Features::PAUSE_LOOP) {
             c.vmwrite(field::PAUSE_GAP, PAUSE_GAP);
@@ -638,6 +681,16 @@ impl<C: Cpu> Vcpu<C> {
         exit::decode(raw, |f| c.vmread(f))
     }
 
+    /// Has the host deal with the interrupt that was an exit, if the processor has acknowledged it.
+    fn host_interrupt(&self) {
+        if self.vmx.caps.controls.exit & exit_control::ACKNOWLEDGE != 0 {
+            let event = self.vmx.cpu.vmread(field::EVENT);
+            if event & inject::VALID != 0 {
+                self.vmx.host.interrupt(event as u8);
+            }
+        }
+    }
+
     /// Keeps an event whose delivery the exit has interrupted.
     fn after_possible_delivery(&mut self, basic: u32, injected: u64, rip_before: u64) {
         let c = self.vmx.cpu;
@@ -875,6 +928,10 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                 }
                 // The next entry looks whether it waits still.
                 Cause::NmiWindow => self.controls(primary::NMI_WINDOW, false),
+                Cause::HostInterrupt => {
+                    self.host_interrupt();
+                    return Exit::Interrupt;
+                }
                 Cause::HostNmi => {
                     self.vmx.cpu.handle_nmi();
                     return Exit::Nmi;
@@ -1188,42 +1245,42 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.settle_threshold();
     }
 
-    fn ends_interrupts(&self) -> bool {
-        self.vmx.caps.virtual_eoi() != 0
+    fn virtual_apic(&self) -> VirtualApic {
+        let features = self.vmx.caps.features;
+        if features.contains(Features::VIRTUAL_INTERRUPTS) {
+            VirtualApic::Delivers
+        } else if features.contains(Features::VIRTUAL_EOI) {
+            VirtualApic::Ends
+        } else {
+            VirtualApic::None
+        }
     }
 
-    fn lend_interrupts(&mut self, i: Option<&InService>) {
-        if self.on.is_none() || !self.ends_interrupts() {
-            debug_assert!(false, "interrupts lent to a processor that ends none");
+    fn lend_interrupts(&mut self, lent: Option<&Lent>) {
+        if self.on.is_none() || self.virtual_apic() == VirtualApic::None {
+            debug_assert!(false, "interrupts lent to a processor that has no use for them");
             return;
         }
-        if i.is_some() != self.virtual_eoi {
-            self.switch_eoi(i.is_some());
+        if lent.is_some() != self.virtual_eoi {
+            self.switch_eoi(lent.is_some());
         }
-        let Some(i) = i else { return };
-        if i.exits != self.eoi_exits {
-            self.write_eoi_exits(i.exits);
+        let Some(lent) = lent else { return };
+        if lent.exits != self.eoi_exits {
+            self.write_eoi_exits(lent.exits);
         }
-        let mut highest = 0;
-        for (n, word) in (0..).zip(i.vectors) {
-            for (half, bits) in [(0, word & 0xffff_ffff), (1, word >> 32)] {
-                if let Some(w) = self.isr_word(2 * n + half) {
-                    w.store(bits, Relaxed);
-                }
-            }
-            if word != 0 {
-                highest = n as u64 * 64 + u64::from(63 - word.leading_zeros());
-            }
-        }
-        self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, highest << 8);
+        let in_service = self.write_vectors(ISR_WORD, lent.in_service);
+        let waiting = self.write_vectors(IRR_WORD, lent.waiting);
+        let status = in_service << 8 | waiting;
+        self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status);
     }
 
-    fn in_service(&self) -> [u64; 4] {
-        let half = |n: usize| {
-            let word = self.isr_word(n);
-            word.map_or(0, |w| w.load(Relaxed) & 0xffff_ffff)
-        };
-        core::array::from_fn(|n| half(2 * n) | half(2 * n + 1) << 32)
+    fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {
+        (self.read_vectors(IRR_WORD), self.read_vectors(ISR_WORD))
+    }
+
+    fn posting(&self) -> Option<Arc<dyn Posting>> {
+        let d: Arc<dyn Posting> = self.posted.clone()?;
+        Some(d)
     }
 
     #[inline]

@@ -18,6 +18,8 @@ use crate::insn::Cpu;
 pub mod field {
     /// Tag of the guest's translations.
     pub const VPID: u32 = 0x0000;
+    /// The vector that tells of posted interrupts.
+    pub const POSTED_VECTOR: u32 = 0x0002;
     /// Highest interrupt that waits, and above it the highest in service.
     pub const INTERRUPT_STATUS: u32 = 0x0810;
     /// First I/O bitmap; the second follows.
@@ -28,6 +30,8 @@ pub mod field {
     pub const MSR_BITMAP: u32 = 0x2004;
     /// Virtual-APIC page.
     pub const VIRTUAL_APIC: u32 = 0x2012;
+    /// Where interrupts are posted.
+    pub const POSTED_DESCRIPTOR: u32 = 0x2016;
     /// Root and kind of the extended page tables.
     pub const EPTP: u32 = 0x201a;
     /// Vectors whose EOI exits: the first 64; three more follow, two apart.

@@ -21,6 +21,10 @@ pub trait Host: PageSource {
     fn load_u64(&self, at: Mpa) -> Option<u64>;
     /// The host's PAT and EFER, the same on all CPUs.
     fn pat_efer(&self) -> (u64, u64);
+    /// An interrupt that the processor has acknowledged, with the vector, as it left the guest.
+    fn interrupt(&self, vector: u8);
+    /// The vector that tells a processor in its guest of posted interrupts.
+    fn posted_vector(&self) -> u8;
 }
 
 /// VMX in use on a machine. All methods but [`Vmx::new_vcpu`] and [`Vmx::hwdom_ports`] concern the

@@ -48,6 +48,8 @@ const LVT_TSC_DEADLINE: u32 = 2 << 17;
 pub const VECTOR_TIMER: u8 = 0xfe;
 /// Vector that makes a CPU look around.
 pub const VECTOR_KICK: u8 = 0xfd;
+/// Vector that makes a processor take in what was posted for its guest. Outside a guest it means nothing.
+pub const VECTOR_POSTED: u8 = 0xfc;
 /// Vector of an interrupt that is always pending and never taken, where one is needed: see
 /// [`show_held_interrupt`]. Others have higher priority.
 const VECTOR_HELD: u8 = 0x2f;
@@ -182,6 +184,11 @@ fn send(dest: u32, low: u32) {
 /// Makes a CPU take a kick interrupt.
 pub fn kick(apic_id: u32) {
     send(apic_id, ASSERT | u32::from(VECTOR_KICK));
+}
+
+/// Makes a CPU's guest take in what was posted for it.
+pub fn notify_posted(apic_id: u32) {
+    send(apic_id, ASSERT | u32::from(VECTOR_POSTED));
 }
 
 /// Has the local APIC look for interrupts to deliver, which changes nothing on a processor.

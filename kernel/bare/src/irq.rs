@@ -286,7 +286,7 @@ pub fn interrupt(vector: u8) {
             apic::eoi();
             return;
         }
-        apic::VECTOR_KICK => {
+        apic::VECTOR_KICK | apic::VECTOR_POSTED => {
             apic::eoi();
             return;
         }

@@ -219,6 +219,11 @@ impl Platform for Machine {
             crate::apic::kick(id);
         }
     }
+    fn notify_posted(&self, cpu: CpuId) {
+        if let Some(id) = crate::smp::apic_id(cpu) {
+            crate::apic::notify_posted(id);
+        }
+    }
     fn relax(&self) {
         core::hint::spin_loop();
     }

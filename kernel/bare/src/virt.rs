@@ -65,6 +65,8 @@ pub fn settle(no: Features) -> Result<Caps, Unsupported> {
         ("pausefilter", Features::PAUSE_FILTER),
         ("vpid", Features::VPID),
         ("apicv", Features::APICV),
+        ("virtualintr", Features::VIRTUAL_INTERRUPTS),
+        ("posted", Features::POSTED),
     ];
     let off = || names.iter().filter(|(_, flag)| no.contains(*flag)).map(|(name, _)| *name);
     let raw = svm::Raw::read(crate::cpu::cpuid, crate::cpu::rdmsr);
@@ -215,5 +217,11 @@ impl galvan_vmx::Host for Machine {
     }
     fn pat_efer(&self) -> (u64, u64) {
         (crate::cpu::rdmsr(galvan_vmx::msr::PAT), crate::cpu::rdmsr(galvan_vmx::msr::EFER))
+    }
+    fn interrupt(&self, vector: u8) {
+        crate::irq::interrupt(vector);
+    }
+    fn posted_vector(&self) -> u8 {
+        crate::apic::VECTOR_POSTED
     }
 }

@@ -10,6 +10,7 @@
 //! loop calls with no lock held but that of the vCPU it runs. So no lock needs an interrupt-disabling variant.
 
 use alloc::boxed::Box;
+use alloc::sync::Arc;
 use core::fmt::{self, Debug};
 
 use crate::exit::Exit;
@@ -301,6 +302,10 @@ pub trait Platform: HostMem + Debug {
     /// Makes `cpu` leave guest mode or [`Platform::idle`] soon; a no-op for the calling CPU. The
     /// effect may come at any later time, and more than once.
     fn kick(&self, cpu: CpuId);
+    /// Tells a CPU other than the caller's that [`Posting::post`] asked for it.
+    fn notify_posted(&self, cpu: CpuId) {
+        self.kick(cpu);
+    }
     /// A hint in a spin loop.
     fn relax(&self);
     /// Lets pending physical interrupts in, then closes the window again. No lock but the running
@@ -410,14 +415,41 @@ pub struct HwCounts {
     pub tlb_flushes: u64,
 }
 
-/// Interrupts of a local APIC, for a processor that ends them by itself: vector v is bit v % 64 of word
-/// v / 64.
+/// What a processor does by itself for a local APIC in x2APIC mode.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum VirtualApic {
+    /// Nothing.
+    #[default]
+    None,
+    /// It ends interrupts as the guest writes EOI.
+    Ends,
+    /// It delivers those that wait, too, as soon as the guest can take them.
+    Delivers,
+}
+
+/// Interrupts of a local APIC, for a processor that deals with them by itself: vector v is bit v % 64 of
+/// word v / 64.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct InService {
+pub struct Lent {
+    /// IRR: those that wait. None where the processor does not deliver them ([`VirtualApic::Delivers`]).
+    pub waiting: [u64; 4],
     /// ISR: those that are being handled.
-    pub vectors: [u64; 4],
+    pub in_service: [u64; 4],
     /// Those whose end is an exit ([`Exit::Eoi`]).
     pub exits: [u64; 4],
+}
+
+/// Where other CPUs post interrupts for a virtual processor while it is in its guest, without an exit: the
+/// processor takes them in when it is told by [`Platform::notify_posted`]. Owned by the [`HwVcpu`], and
+/// used by all CPUs at any time.
+pub trait Posting: Send + Sync + Debug {
+    /// Posts an edge-triggered interrupt. True if the processor has to be told; else somebody else who has
+    /// posted does that.
+    fn post(&self, vector: u8) -> bool;
+    /// Whether something was posted that nobody has taken.
+    fn any(&self) -> bool;
+    /// Takes what was posted.
+    fn take(&self) -> [u64; 4];
 }
 
 /// One virtual processor of the vendor in use, owned by the vCPU that it runs.
@@ -539,17 +571,22 @@ pub trait HwVcpu: Send + Debug {
     }
     /// When to exit for an interrupt that the guest cannot take yet.
     fn set_interrupt_window(&mut self, w: Window);
-    /// Whether this processor can end a guest's interrupts by itself; always the same.
-    fn ends_interrupts(&self) -> bool {
-        false
+    /// What this processor does by itself for the guest's local APIC; always the same.
+    fn virtual_apic(&self) -> VirtualApic {
+        VirtualApic::None
     }
-    /// From the next entry on the processor has the interrupts in service of the guest's local APIC,
-    /// which is in x2APIC mode, and ends them as the guest writes EOI. With `None` it stops that.
-    /// Called loaded, and only where [`HwVcpu::ends_interrupts`] says so.
-    fn lend_interrupts(&mut self, _: Option<&InService>) {}
-    /// What is still in service of the interrupts last lent; loaded or not.
-    fn in_service(&self) -> [u64; 4] {
-        [0; 4]
+    /// From the next entry on the processor has interrupts of the guest's local APIC, which is in x2APIC
+    /// mode, and deals with them as [`HwVcpu::virtual_apic`] says, where that is not `None`. With `None`
+    /// it stops that. Called loaded.
+    fn lend_interrupts(&mut self, _: Option<&Lent>) {}
+    /// What waits and what is in service of the interrupts last lent, and of those posted since; loaded or
+    /// not.
+    fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {
+        Default::default()
+    }
+    /// Where interrupts can be posted while it is in its guest with interrupts lent, if that is possible.
+    fn posting(&self) -> Option<Arc<dyn Posting>> {
+        None
     }
     /// CR8 as last written by the guest.
     fn tpr(&self) -> u8;

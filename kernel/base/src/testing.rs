@@ -17,8 +17,8 @@ use std::vec::Vec;
 
 use crate::exit::Exit;
 use crate::hw::{
-    Access, EcamWindow, Exhausted, HostMem, HwVcpu, InService, IoApicInfo, Iommu, MemFault,
-    MsiTarget, Sbdf, Stage2Format, TscScale, VcpuConfig, Window,
+    Access, EcamWindow, Exhausted, HostMem, HwVcpu, IoApicInfo, Iommu, Lent, MemFault, MsiTarget,
+    Posting, Sbdf, Stage2Format, TscScale, VcpuConfig, VirtualApic, Window,
 };
 use crate::state::{ArchState, Event, Gprs, RFLAGS_IF, Seg, Segment};
 use crate::{CpuId, Dfn, Mfn, Mpa, PAGE_SIZE, PageOrder, Platform};
@@ -170,7 +170,7 @@ pub struct FakeMachine {
     iommu_in_use: AtomicBool,
     stores_watched: AtomicBool,
     quiet_end: AtomicBool,
-    ends_interrupts: bool,
+    virtual_apic: VirtualApic,
     inner: Mutex<Inner>,
 }
 
@@ -212,7 +212,7 @@ impl FakeMachine {
             iommu_in_use: AtomicBool::new(false),
             stores_watched: AtomicBool::new(false),
             quiet_end: AtomicBool::new(false),
-            ends_interrupts: false,
+            virtual_apic: VirtualApic::None,
             inner: Mutex::default(),
         }
     }
@@ -222,9 +222,9 @@ impl FakeMachine {
         self.cpus = n;
         self
     }
-    /// With processors that end their guests' interrupts by themselves.
-    pub fn ending_interrupts(mut self) -> Self {
-        self.ends_interrupts = true;
+    /// With processors that do this for their guests' local APICs.
+    pub fn with_virtual_apic(mut self, what: VirtualApic) -> Self {
+        self.virtual_apic = what;
         self
     }
     /// With a clock of this frequency.
@@ -706,7 +706,7 @@ impl Platform for FakeMachine {
 
     fn new_vcpu(&self, cfg: &VcpuConfig) -> Result<Box<dyn HwVcpu>, Exhausted> {
         let v = FakeVcpu::new(*cfg);
-        v.inner().ends_interrupts = self.ends_interrupts;
+        v.inner().virtual_apic = self.virtual_apic;
         self.inner().vcpus.push(v.clone());
         Ok(Box::new(v))
     }
@@ -885,8 +885,9 @@ struct VcpuInner {
     waiting: Option<Event>,
     delivered: Vec<Event>,
     window: Window,
-    ends_interrupts: bool,
-    lent: Option<InService>,
+    virtual_apic: VirtualApic,
+    posting: Arc<FakePosting>,
+    lent: Option<Lent>,
     tpr: u8,
     tsc_offset: u64,
     flush_pending: bool,
@@ -904,6 +905,46 @@ impl VcpuInner {
             Window::Open => able,
             Window::Below(class) => able && self.tpr < class,
         }
+    }
+}
+
+fn highest(bits: &[u64; 4]) -> Option<u8> {
+    (0..=255u8)
+        .rev()
+        .find(|v| bits[usize::from(v >> 6)] >> (v & 63) & 1 != 0)
+}
+
+/// Delivers the highest interrupt that waits, if its class is above that of CR8 and of what is in service.
+fn deliver(lent: &mut Lent, tpr: u8) -> Option<u8> {
+    let v = highest(&lent.waiting)?;
+    let busy = highest(&lent.in_service).map_or(0, |v| v >> 4);
+    if v >> 4 <= tpr.max(busy) {
+        return None;
+    }
+    let (word, bit) = (usize::from(v >> 6), 1 << (v & 63));
+    lent.waiting[word] &= !bit;
+    lent.in_service[word] |= bit;
+    Some(v)
+}
+
+/// Where interrupts are posted for a [`FakeVcpu`], which never takes them in by itself: a test does.
+#[derive(Debug, Default)]
+pub struct FakePosting {
+    vectors: [AtomicU64; 4],
+    told: AtomicBool,
+}
+
+impl Posting for FakePosting {
+    fn post(&self, vector: u8) -> bool {
+        self.vectors[usize::from(vector >> 6)].fetch_or(1 << (vector & 63), Ordering::SeqCst);
+        !self.told.swap(true, Ordering::SeqCst)
+    }
+    fn any(&self) -> bool {
+        self.told.load(Ordering::SeqCst)
+    }
+    fn take(&self) -> [u64; 4] {
+        self.told.store(false, Ordering::SeqCst);
+        core::array::from_fn(|n| self.vectors[n].swap(0, Ordering::SeqCst))
     }
 }
 
@@ -942,7 +983,8 @@ impl FakeVcpu {
                 waiting: None,
                 delivered: Vec::new(),
                 window: Window::Closed,
-                ends_interrupts: false,
+                virtual_apic: VirtualApic::None,
+                posting: Arc::default(),
                 lent: None,
                 tpr: 0,
                 tsc_offset: 0,
@@ -987,7 +1029,7 @@ impl FakeVcpu {
         core::mem::take(&mut self.inner().delivered)
     }
     /// The interrupts that the processor has.
-    pub fn lent(&self) -> Option<InService> {
+    pub fn lent(&self) -> Option<Lent> {
         self.inner().lent
     }
     /// Ends the highest of them, as the guest does. Gives its vector if that is an exit.
@@ -995,8 +1037,8 @@ impl FakeVcpu {
         let mut inner = self.inner();
         let lent = inner.lent.as_mut()?;
         let has = |bits: &[u64; 4], v: u8| bits[usize::from(v >> 6)] >> (v & 63) & 1 != 0;
-        let v = (0..=255u8).rev().find(|&v| has(&lent.vectors, v))?;
-        lent.vectors[usize::from(v >> 6)] &= !(1 << (v & 63));
+        let v = (0..=255u8).rev().find(|&v| has(&lent.in_service, v))?;
+        lent.in_service[usize::from(v >> 6)] &= !(1 << (v & 63));
         has(&lent.exits, v).then_some(v)
     }
     /// The interrupt window that is asked for.
@@ -1055,6 +1097,12 @@ impl HwVcpu for FakeVcpu {
                     );
                     inner.delivered.push(e);
                 }
+                None if open && inner.virtual_apic == VirtualApic::Delivers => {
+                    let inner = &mut *inner;
+                    if let Some(v) = inner.lent.as_mut().and_then(|l| deliver(l, inner.tpr)) {
+                        inner.delivered.push(Event::Interrupt(v));
+                    }
+                }
                 None if inner.window_is_open() => return Exit::InterruptWindow,
                 None => {}
             }
@@ -1101,18 +1149,28 @@ impl HwVcpu for FakeVcpu {
         self.inner().state.rflags = v;
     }
 
-    fn ends_interrupts(&self) -> bool {
-        self.inner().ends_interrupts
+    fn virtual_apic(&self) -> VirtualApic {
+        self.inner().virtual_apic
     }
 
-    fn lend_interrupts(&mut self, i: Option<&InService>) {
+    fn lend_interrupts(&mut self, i: Option<&Lent>) {
         let mut inner = self.inner();
-        assert!(inner.ends_interrupts, "lent to a processor that ends none");
+        assert!(
+            inner.virtual_apic != VirtualApic::None,
+            "lent to a processor that has no use for them"
+        );
         inner.lent = i.copied();
     }
 
-    fn in_service(&self) -> [u64; 4] {
-        self.inner().lent.unwrap_or_default().vectors
+    fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {
+        let lent = self.inner().lent.unwrap_or_default();
+        (lent.waiting, lent.in_service)
+    }
+
+    fn posting(&self) -> Option<Arc<dyn Posting>> {
+        let inner = self.inner();
+        let posting: Arc<dyn Posting> = inner.posting.clone();
+        (inner.virtual_apic == VirtualApic::Delivers).then_some(posting)
     }
 
     fn cr(&self, n: u8) -> u64 {

@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 use std::boxed::Box;
 
 use galvan_base::exit::{Exit, NestedFault, Pio};
-use galvan_base::hw::{CpuId, HostIrq, IoApicInfo, Window};
+use galvan_base::hw::{CpuId, HostIrq, IoApicInfo, VirtualApic, Window};
 use galvan_base::state::{
     ArchState, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, Event, Seg,
 };
@@ -633,7 +633,7 @@ fn an_interrupt_that_cr8_holds_back_comes_when_the_guest_lowers_it() {
     s.w.with_cx(1, 0, |cx| {
         assert!(crate::upcall::prepare_entry(cx));
         assert_eq!((hw.waiting(), hw.window()), (None, Window::Below(4)));
-        assert!(!cx.st.lent, "a processor that has the TPR does not exit for it");
+        assert!(!lent(cx), "a processor that has the TPR does not exit for it");
     });
     post(0x51);
     s.w.with_cx(1, 0, |cx| {
@@ -797,7 +797,12 @@ fn the_end_of_a_level_interrupt_reaches_the_machine() {
 /// A machine whose processors end interrupts by themselves; vCPU 0 of d1 has its APIC in x2APIC mode,
 /// interrupts enabled, and these vectors posted, of which the last is level-triggered.
 fn with_virtual_eoi(posted: &[u8]) -> Setting {
-    let s = Setting::on(machine().ending_interrupts());
+    with_virtual_apic(VirtualApic::Ends, posted)
+}
+
+/// Likewise, with processors that can do this.
+fn with_virtual_apic(what: VirtualApic, posted: &[u8]) -> Setting {
+    let s = Setting::on(machine().with_virtual_apic(what));
     s.x2apic();
     s.hw(1, 0).with_state(|st| st.rflags |= RFLAGS_IF);
     for (n, vector) in (1..).zip(posted) {
@@ -808,19 +813,111 @@ fn with_virtual_eoi(posted: &[u8]) -> Setting {
     s
 }
 
+/// Whether the processor has interrupts of the local APIC.
+fn lent(cx: &Cx<'_>) -> bool {
+    cx.st.lent != VirtualApic::None
+}
+
+#[test]
+fn a_processor_that_can_deliver_interrupts_is_lent_those_that_wait() {
+    let s = with_virtual_apic(VirtualApic::Delivers, &[0x41, 0x4f, 0x52]);
+    let hw = s.hw(1, 0);
+    s.w.with_cx(1, 0, |cx| {
+        cx.st.hw.load();
+        assert!(crate::upcall::prepare_entry(cx) && lent(cx));
+        assert_eq!((hw.waiting(), hw.window()), (None, Window::Closed));
+        let has = hw.lent().unwrap();
+        let all = [0, 1 << 1 | 1 << 15 | 1 << 18, 0, 0];
+        assert_eq!((has.waiting, has.in_service), (all, [0; 4]));
+        assert_eq!(has.exits, [0, 1 << 18, 0, 0], "the end of the level one alone");
+        hw.push_exit(Exit::Hlt(1));
+        cx.st.hw.enter(&mut cx.st.regs);
+        assert_eq!(hw.take_delivered(), [Event::Interrupt(0x52)]);
+        // IRR and ISR say what the processor has.
+        assert_eq!(apic::rdmsr(cx, 0x822), Ok(1 << 1 | 1 << 15));
+        assert_eq!(apic::rdmsr(cx, 0x812), Ok(1 << 18));
+        cx.st.hw.unload();
+    });
+}
+
+#[test]
+fn cr8_is_the_affair_of_a_processor_that_delivers_interrupts() {
+    let s = with_virtual_apic(VirtualApic::Delivers, &[0x41]);
+    let hw = s.hw(1, 0);
+    s.w.with_cx(1, 0, |cx| {
+        cx.st.hw.set_tpr(4);
+        assert!(crate::upcall::prepare_entry(cx) && lent(cx));
+        assert_eq!(hw.window(), Window::Closed);
+        assert_eq!(hw.lent().unwrap().waiting, [0, 2, 0, 0]);
+        // It does not wake.
+        crate::upcall::take_back(cx.st);
+        cx.st.halted = true;
+        assert!(!crate::upcall::prepare_entry(cx));
+        cx.st.hw.set_tpr(3);
+        assert!(crate::upcall::prepare_entry(cx) && !cx.st.halted);
+    });
+}
+
+#[test]
+fn what_is_posted_to_a_processor_in_its_guest_is_there_when_it_has_left() {
+    let s = with_virtual_apic(VirtualApic::Delivers, &[]);
+    let v = s.w.vcpu(1, 0).clone();
+    assert!(v.open_posting());
+    v.post_vector(s.w.hv, 0x61, false);
+    assert!(!v.has_posted(), "the processor takes it");
+    v.close_posting();
+    assert!(v.has_posted());
+    s.w.with_cx(1, 0, |cx| {
+        crate::run::serve_requests(cx);
+        assert_eq!(cx.st.lapic.highest_pending(), Some(0x61));
+    });
+    // Outside its guest, and where the end is to be told, it goes the usual way.
+    v.post_vector(s.w.hv, 0x62, false);
+    assert!(v.has_posted());
+    assert!(v.open_posting(), "nothing is where the processor looks");
+    v.post_vector(s.w.hv, 0x63, true);
+    assert_eq!(v.posted[1].load(Ordering::SeqCst), 1 << 34 | 1 << 35);
+    v.close_posting();
+}
+
+#[test]
+fn a_guest_is_not_entered_past_what_was_posted_to_its_processor_in_vain() {
+    let s = with_virtual_apic(VirtualApic::Delivers, &[]);
+    let v = s.w.vcpu(1, 0).clone();
+    assert!(v.open_posting());
+    v.post_vector(s.w.hv, 0x61, false);
+    assert!(!v.open_posting());
+    assert!(v.has_posted());
+    s.w.with_cx(1, 0, crate::run::serve_requests);
+    assert!(v.open_posting());
+}
+
+#[test]
+fn an_interrupt_that_the_processor_took_in_by_itself_is_edge_triggered() {
+    let s = with_virtual_apic(VirtualApic::Delivers, &[0x41, 0x52]);
+    s.w.with_cx(1, 0, |cx| {
+        // 0x52 was level-triggered, and is over.
+        cx.st.lapic.accept(0x52);
+        assert_eq!(cx.st.lapic.eoi(), Some(0x52));
+        let (irr, isr) = (1 << 18 | 1 << 1, 0);
+        cx.st.lapic.set_waiting([0, irr, 0, 0], [0, isr, 0, 0]);
+        assert_eq!(cx.st.lapic.waiting(), ([0, irr, 0, 0], [0; 4]));
+    });
+}
+
 #[test]
 fn a_processor_that_can_end_interrupts_is_lent_those_in_service() {
     let s = with_virtual_eoi(&[0x41]);
     let hw = s.hw(1, 0);
     s.w.with_cx(1, 0, |cx| {
-        assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+        assert!(crate::upcall::prepare_entry(cx) && lent(cx));
         assert_eq!(hw.waiting(), Some(Event::Interrupt(0x41)));
-        let lent = hw.lent().unwrap();
-        assert_eq!((lent.vectors, lent.exits), ([0, 2, 0, 0], [0; 4]));
+        let has = hw.lent().unwrap();
+        assert_eq!((has.in_service, has.exits), ([0, 2, 0, 0], [0; 4]));
         // What a register says is what the processor has.
         assert_eq!(apic::rdmsr(cx, 0x812), Ok(2));
-        assert!(!cx.st.lent);
-        assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+        assert!(!lent(cx));
+        assert!(crate::upcall::prepare_entry(cx) && lent(cx));
         assert_eq!(hw.end_interrupt(), None, "no exit");
         assert_eq!(apic::rdmsr(cx, 0x812), Ok(0));
         assert_eq!(cx.st.lapic.highest_pending(), None);
@@ -839,12 +936,12 @@ fn an_end_behind_which_an_interrupt_waits_or_of_a_level_one_is_an_exit() {
             (0x4f, Some(0x4f)),
             (0x41, None),
         ] {
-            assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+            assert!(crate::upcall::prepare_entry(cx) && lent(cx));
             hw.push_exit(Exit::Hlt(1));
             cx.st.hw.enter(&mut cx.st.regs);
             assert_eq!(hw.take_delivered(), [Event::Interrupt(vector)]);
             crate::upcall::take_back(cx.st);
-            assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+            assert!(crate::upcall::prepare_entry(cx) && lent(cx));
             assert_eq!(hw.waiting(), None, "one at a time");
             assert_eq!(hw.end_interrupt(), exit);
             crate::upcall::take_back(cx.st);
@@ -860,9 +957,9 @@ fn a_halted_guest_gets_nothing_lent_until_it_can_take_an_interrupt() {
     s.w.with_cx(1, 0, |cx| {
         cx.st.halted = true;
         hw.with_state(|st| st.rflags &= !RFLAGS_IF);
-        assert!(!crate::upcall::prepare_entry(cx) && !cx.st.lent);
+        assert!(!crate::upcall::prepare_entry(cx) && !lent(cx));
         hw.with_state(|st| st.rflags |= RFLAGS_IF);
-        assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+        assert!(crate::upcall::prepare_entry(cx) && lent(cx));
     });
     assert_eq!(hw.waiting(), Some(Event::Interrupt(0x41)));
 }
@@ -872,12 +969,12 @@ fn outside_x2apic_mode_the_guest_ends_its_interrupts_by_exits() {
     let s = with_virtual_eoi(&[]);
     let hw = s.hw(1, 0);
     s.w.with_cx(1, 0, |cx| {
-        assert!(crate::upcall::prepare_entry(cx) && cx.st.lent);
+        assert!(crate::upcall::prepare_entry(cx) && lent(cx));
         assert!(hw.lent().is_some());
         apic::wrmsr(cx, APIC_BASE, 0xfee0_0100).unwrap();
         apic::wrmsr(cx, APIC_BASE, 0xfee0_0900).unwrap();
         apic::mmio_write(cx, 0xf0, 4, 0x1ff);
-        assert!(crate::upcall::prepare_entry(cx) && !cx.st.lent);
+        assert!(crate::upcall::prepare_entry(cx) && !lent(cx));
     });
     assert_eq!(hw.lent(), None);
 }
@@ -898,17 +995,17 @@ fn a_handler_that_needed_the_interrupts_is_followed_by_a_full_entry() {
         crate::run::run_once(s.w.hv);
     }
     assert_eq!(hw.take_delivered(), [Event::Interrupt(0x61)]);
-    let lent = hw.lent().unwrap().vectors;
+    let lent = hw.lent().unwrap().in_service;
     assert_eq!(lent, [0, 1 << 33, 0, 0]);
     assert!(
-        !s.w.vcpu(1, 0).state_of_other().lent,
+        s.w.vcpu(1, 0).state_of_other().lent == VirtualApic::None,
         "back when it is put away"
     );
 }
 
 #[test]
 fn the_end_of_a_level_interrupt_that_the_processor_ended_reaches_the_machine() {
-    let s = Setting::on(machine().ending_interrupts());
+    let s = Setting::on(machine().with_virtual_apic(VirtualApic::Ends));
     let w = &s.w;
     let io = |cx: &mut Cx<'_>, index: u32, v: u32| {
         let h = cx.dom.hardware.as_ref().unwrap();

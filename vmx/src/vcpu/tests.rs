@@ -464,19 +464,20 @@ fn controls_that_are_refused_are_told_from_guest_state() {
 fn interrupts_in_service_are_in_the_virtual_apic_page() {
     let vmx = boot(settle(&caps::tests::sapphire_rapids(), Features::empty()).unwrap());
     let mut v = vcpu(vmx, 0x1000, false);
-    assert!(v.ends_interrupts());
+    assert_eq!(v.virtual_apic(), VirtualApic::Delivers);
     v.load();
     guest(|g| {
         assert_eq!(g.get(field::SECONDARY) & 0x310, 0);
         g.exit(reason::HLT);
     });
     enter(&mut v);
-    let lent = InService {
-        vectors: [1 << 63, 0, 1 << 40, 2],
+    let lent = Lent {
+        waiting: [0; 4],
+        in_service: [1 << 63, 0, 1 << 40, 2],
         exits: [0, 0, 1 << 40, 0],
     };
     v.lend_interrupts(Some(&lent));
-    assert_eq!(v.in_service(), lent.vectors);
+    assert_eq!(v.lent_interrupts(), ([0; 4], lent.in_service));
     let word = |v: &Vcpu<Fake>, at: usize| v.apic.get(at / 8).unwrap().load(Relaxed);
     // Vector 63 is bit 31 of the second register, 168 bit 8 of the sixth, 193 bit 1 of the seventh.
     assert_eq!((word(&v, 0x110), word(&v, 0x100)), (1 << 31, 0));
@@ -498,7 +499,7 @@ fn interrupts_in_service_are_in_the_virtual_apic_page() {
     v.lend_interrupts(Some(&lent));
     assert_eq!(accesses(), (0, 1));
     v.unload();
-    assert_eq!(v.in_service(), lent.vectors, "without its VMCS");
+    assert_eq!(v.lent_interrupts().1, lent.in_service, "without its VMCS");
     v.load();
     v.lend_interrupts(None);
     let bitmap = vmx.msrs.mpa().get();
@@ -508,6 +509,67 @@ fn interrupts_in_service_are_in_the_virtual_apic_page() {
         g.exit(reason::HLT);
     });
     enter(&mut v);
+    v.unload();
+}
+
+#[test]
+fn interrupts_that_wait_are_there_too_and_the_highest_is_named() {
+    let vmx = boot(settle(&caps::tests::sapphire_rapids(), Features::empty()).unwrap());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    let lent = Lent {
+        waiting: [1 << 63, 1 << 33, 0, 0],
+        in_service: [1 << 35, 0, 0, 0],
+        exits: [0; 4],
+    };
+    v.lend_interrupts(Some(&lent));
+    guest(|g| {
+        assert_eq!(g.get(field::INTERRUPT_STATUS), 35 << 8 | 97);
+        // Process posted interrupts.
+        assert_eq!(g.get(field::PIN) & 0x80, 0x80);
+        assert_eq!(g.get(field::POSTED_VECTOR), 0xfc);
+        assert_ne!(g.get(field::POSTED_DESCRIPTOR), 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    // The processor has delivered vector 97, and taken in 100.
+    v.apic.get(0x230 / 8).unwrap().store(1 << 4, Relaxed);
+    v.apic.get(0x130 / 8).unwrap().store(1 << 1, Relaxed);
+    let (waiting, in_service) = v.lent_interrupts();
+    assert_eq!(waiting, [1 << 63, 1 << 36, 0, 0]);
+    assert_eq!(in_service, [1 << 35, 1 << 33, 0, 0]);
+    v.lend_interrupts(None);
+    guest(|g| {
+        assert_eq!(g.get(field::PIN) & 0x80, 0, "not without virtual-interrupt delivery");
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    v.unload();
+}
+
+#[test]
+fn an_acknowledged_interrupt_is_the_hosts() {
+    let vmx = boot(settle(&caps::tests::sapphire_rapids(), Features::empty()).unwrap());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    guest(|g| {
+        assert_eq!(g.get(field::EXIT) & 1 << 15, 1 << 15);
+        g.exit(reason::INTERRUPT);
+        g.set(field::EVENT, 0x8000_00fe);
+    });
+    assert_eq!(enter(&mut v), Exit::Interrupt);
+    assert_eq!(machine(|m| core::mem::take(&mut m.interrupts)), [0xfe]);
+    v.unload();
+    // Without posted interrupts it waits until the host lets it in.
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    guest(|g| {
+        assert_eq!(g.get(field::EXIT) & 1 << 15, 0);
+        g.exit(reason::INTERRUPT);
+    });
+    assert_eq!(enter(&mut v), Exit::Interrupt);
+    assert_eq!(machine(|m| m.interrupts.len()), 0);
     v.unload();
 }
 
