@@ -201,12 +201,12 @@ impl Console {
         self.send(&format!(
             " echo '@@'begin-{n}; {{ {command}\n}}; echo '@@'end-{n}-$?\n"
         ))?;
-        self.expect(&format!("@@begin-{n}\n"), seconds)
+        // The hypervisor's lines come between, even within a line of dom0's.
+        self.expect(&format!(r"@@begin-{n}(\(galvan\) \[[^\n]*)?\n"), seconds)
             .with_context(|| format!("`{command}` was not started"))?;
         let found = self
             .expect(&format!(r"(?s)\A(.*?)@@end-{n}-(\d+)"), seconds)
             .with_context(|| format!("`{command}` did not end"))?;
-        // The hypervisor's lines come between, even within a line of dom0's.
         let hypervisor = Regex::new(r"\(galvan\) \[[^\n]*\n?").expect("a constant");
         let output = hypervisor
             .replace_all(&found[1], "")
@@ -395,5 +395,17 @@ mod tests {
             .map(|l| l.1)
             .collect();
         assert_eq!(lines, ["first", "last"]);
+    }
+
+    #[test]
+    fn a_line_of_the_hypervisors_may_come_right_behind_the_mark() {
+        // What a shell prints for `status_of`, with such a line where there is most room for one.
+        let script = "read line; printf '@@begin-1'; echo '(galvan) [ 1.5] d1: destroyed'; \
+                      echo '(galvan) [ 1.6] d1: gone'; echo; echo one; echo @@end-1-0; sleep 1";
+        let (mut child, mut console) = shell(script);
+        let (status, output) = console.status_of("echo one", 10).unwrap();
+        assert_eq!((status, output.trim()), (0, "one"));
+        child.kill().unwrap();
+        child.wait().unwrap();
     }
 }

@@ -3,6 +3,7 @@
 //! What QEMU gets on its command line Bochs reads from files, and its serial port is a connection
 //! to a TCP port on which this process listens; docs/emulators.md says what else is different.
 
+use std::env;
 use std::fs::{self, File};
 use std::io::ErrorKind;
 use std::net::{TcpListener, TcpStream};
@@ -27,17 +28,65 @@ const IPS: u32 = 140_000_000;
 const CONNECT: Duration = Duration::from_secs(60);
 /// Bochs itself: `bochs` is a shell script around it.
 const PROGRAM: &str = "bochs-bin";
-/// Its BIOS, which unlike UEFI has ACPI tables on this machine.
-const BIOS: &str = "/usr/share/bochs/BIOS-bochs-latest";
+/// QEMU's BIOS, which unlike UEFI has ACPI tables on this machine.
+const BIOS: &str = "/usr/share/seabios/bios.bin";
+/// Bochs' own, which knows of the other processors, too. It does not come back from a reset, and GRUB's
+/// multiboot2 does not work with it.
+const BIOS_SMP: &str = "/usr/share/bochs/BIOS-bochs-latest";
 /// UEFI, with its variables in the same file.
 const FIRMWARE: &str = "/usr/share/ovmf/OVMF.fd";
 const VGA_BIOS: &str = "/usr/share/bochs/VGABIOS-lgpl-latest";
 
+/// What Galvan is told in Bochs, unless `VTX_OPTIONS=` says something else: Bochs delivers virtual interrupts
+/// to guests that have interrupts disabled (docs/emulators.md).
+const OPTIONS: &str = "no=virtualintr";
+
+/// The hypervisor's options in Bochs: these and `more`.
+pub fn options(more: &str) -> String {
+    let own = env::var("VTX_OPTIONS").unwrap_or_else(|_| OPTIONS.to_owned());
+    format!("{own} {more}").trim().to_owned()
+}
+
+/// Bochs' binary: what `BOCHS=` names, else the installed one.
+fn program() -> String {
+    env::var("BOCHS").unwrap_or_else(|_| PROGRAM.to_owned())
+}
+
+/// What was compiled into a Bochs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Kind {
+    /// A debugger, which waits for a command before the start.
+    debugger: bool,
+    /// Sound cards, which would look for the host's.
+    sound: bool,
+}
+
+impl Kind {
+    /// Asks `program`.
+    fn of(program: &str) -> Result<Self> {
+        let ask = |what: &[&str]| -> Result<String> {
+            let out = Command::new(program)
+                .arg("--help")
+                .args(what)
+                .output()
+                .with_context(|| format!("cannot start {program}"))?;
+            let text = [out.stdout, out.stderr].concat();
+            Ok(String::from_utf8_lossy(&text).into_owned())
+        };
+        Ok(Self {
+            debugger: ask(&[])?.contains("\n  -rc "),
+            sound: ask(&["features"])?.contains("sb16"),
+        })
+    }
+}
+
 /// Packages of what is missing to run Bochs.
 pub fn missing() -> Vec<&'static str> {
+    let program = program();
     [
-        (PROGRAM, "bochs"),
-        (BIOS, "bochsbios"),
+        (&*program, "bochs"),
+        (BIOS, "seabios"),
+        (BIOS_SMP, "bochsbios"),
         (VGA_BIOS, "vgabios"),
         (FIRMWARE, "ovmf"),
         // Ends Bochs with the process that wanted it.
@@ -88,7 +137,7 @@ impl Machine {
     }
 
     /// Its configuration file. `dir` is where Bochs writes, `port` where its serial port connects.
-    fn bochsrc(&self, dir: &Path, port: u16) -> String {
+    fn bochsrc(&self, kind: Kind, dir: &Path, port: u16) -> String {
         // The display is a VNC server: that on a terminal ends the machine where firmware asks for
         // graphics. Without time limits of its own (`sync=none`) the machine is as fast as the host lets it
         // be. MSRs that Bochs does not know read as 0, as on no processor; dom0 reads some.
@@ -99,7 +148,7 @@ impl Machine {
              megs: {}\n\
              cpu: model={}, count={},{} ips={IPS}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
              clock: sync=none\n\
-             sound: driver=dummy\n\
+             {}\
              com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
              ata0-master: type=disk, path=\"{}\", mode=flat, cylinders=0\n\
              boot: disk\n\
@@ -108,12 +157,17 @@ impl Machine {
              error: action=report\n\
              info: action=report\n\
              debug: action=ignore\n",
-            if self.bios { BIOS } else { FIRMWARE },
+            match (self.bios, self.smp) {
+                (false, _) => FIRMWARE,
+                (true, 1) => BIOS,
+                (true, _) => BIOS_SMP,
+            },
             self.mem,
             self.model,
             self.smp,
             // As many instructions as Bochs allows before it is another processor's turn.
             if self.smp > 1 { " quantum=32," } else { "" },
+            if kind.sound { "sound: driver=dummy\n" } else { "" },
             self.boot.display(),
             dir.join("bochs.log").display(),
         )
@@ -136,15 +190,19 @@ impl Machine {
 
         let listener = TcpListener::bind(("127.0.0.1", 0)).context("no TCP port is free")?;
         listener.set_nonblocking(true)?;
-        let rc = self.bochsrc(&dir, listener.local_addr()?.port());
+        let program = program();
+        let kind = Kind::of(&program)?;
+        let rc = self.bochsrc(kind, &dir, listener.local_addr()?.port());
         fs::write(dir.join("bochsrc"), rc)?;
-        // Debian's Bochs is the one with a debugger, which waits for a command before the start.
-        fs::write(dir.join("rc"), "c\n")?;
-        let child = Command::new("setpriv")
-            .args(["--pdeathsig", "KILL", PROGRAM, "-q", "-f"])
-            .arg(dir.join("bochsrc"))
-            .arg("-rc")
-            .arg(dir.join("rc"))
+        let mut command = Command::new("setpriv");
+        command
+            .args(["--pdeathsig", "KILL", &program, "-q", "-f"])
+            .arg(dir.join("bochsrc"));
+        if kind.debugger {
+            fs::write(dir.join("rc"), "c\n")?;
+            command.arg("-rc").arg(dir.join("rc"));
+        }
+        let child = command
             .current_dir(&dir)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -266,11 +324,28 @@ fn complaints(log: &str) -> String {
 mod tests {
     use super::*;
 
+    const KIND: Kind = Kind {
+        debugger: true,
+        sound: true,
+    };
+
+    #[test]
+    fn sound_is_named_where_there_is_some() {
+        let machine = Machine::new(Path::new("/tmp/disk.img"));
+        let silent = Kind {
+            sound: false,
+            ..KIND
+        };
+        let text = |kind| machine.bochsrc(kind, Path::new("/tmp/d"), 1);
+        assert!(text(KIND).contains("\nsound: driver=dummy\ncom1:"));
+        assert!(text(silent).contains("\ncom1:") && !text(silent).contains("sound"));
+    }
+
     #[test]
     fn the_configuration_names_disk_model_and_port() {
         let mut machine = Machine::new(Path::new("/tmp/a disk.img"));
         machine.smp = 2;
-        let text = machine.bochsrc(Path::new("/tmp/d"), 4711);
+        let text = machine.bochsrc(KIND, Path::new("/tmp/d"), 4711);
         assert!(
             text.contains("path=\"/tmp/a disk.img\", mode=flat"),
             "{text}"

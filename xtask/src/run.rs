@@ -180,7 +180,7 @@ fn vtx(args: &Args) -> Result<()> {
     let dom0 = toolstack::make()?;
     let cmdline = format!("{} guest=start", toolstack::CMDLINE);
     let contents = hypervisor.contents(
-        toolstack::OPTIONS,
+        &bochs::options(toolstack::OPTIONS),
         &cmdline,
         &dom0.kernel,
         Some(&dom0.initrd),

@@ -380,8 +380,8 @@ impl Parts {
             Config::Text(_) | Config::Missing => ("", ""),
         };
         let usual = match scenario.emulator {
-            Emulator::Qemu => boot::OPTIONS,
-            Emulator::Bochs => toolstack::OPTIONS,
+            Emulator::Qemu => boot::OPTIONS.to_owned(),
+            Emulator::Bochs => bochs::options(toolstack::OPTIONS),
         };
         let options = format!("{usual} {options}");
         let options = options.trim_end();

@@ -40,16 +40,27 @@ fn leave(c: &mut Console) -> Result<()> {
     Ok(())
 }
 
+/// An entry of GRUB's menu on a BIOS: the first, by multiboot2, or the second, by multiboot 1.
+fn by_grub(c: &mut Console, first: bool) -> Result<()> {
+    c.expect(r"by multiboot 1", 240)?;
+    c.send(if first { "\r" } else { "\x0e\r" })?;
+    c.expect(r"galvan: VT-x with EPT", 240)?;
+    let protocol = if first { "multiboot2" } else { "multiboot" };
+    let line = format!(r"started by GRUB 2[^\n]* \({protocol}\), 2 modules");
+    c.expect(&line, 30)?;
+    Ok(())
+}
+
 /// From power-on to the end of the ramdisk's init.
 fn to_the_end_of_init(c: &mut Console) -> Result<()> {
-    c.expect(r"galvan\.efi: VT-x with EPT", 240)?;
+    by_grub(c, true)?;
     c.expect(r"DOM0-INIT-END", 600)?;
     Ok(())
 }
 
 /// The machine has been restarted: Galvan is loaded once more.
 fn again(c: &mut Console) -> Result<()> {
-    c.expect(r"galvan\.efi: VT-x with EPT", 240)?;
+    by_grub(c, true)?;
     c.finding(&format!(
         "loaded again {:.0} s after power-on",
         c.elapsed().as_secs_f32()
@@ -76,12 +87,7 @@ pub(super) fn crash(c: &mut Console) -> Result<()> {
 
 /// Two processors: the BIOS names them, and dom0 has one vCPU for each.
 pub(super) fn two_processors(c: &mut Console) -> Result<()> {
-    // The second entry of GRUB's menu: multiboot2 ends in a triple fault inside GRUB here, whatever
-    // it loads.
-    c.expect(r"by multiboot 1", 120)?;
-    c.send("\x0e\r")?;
-    c.expect(r"galvan: VT-x with EPT", 240)?;
-    c.expect(r"started by GRUB 2[^\n]* \(multiboot\), 2 modules", 30)?;
+    by_grub(c, false)?;
     c.expect(r"\(galvan\) [^\n]* 2 CPUs\n", 120)?;
     c.expect(r"VT-x: EPT, unrestricted guest", 240)?;
     c.expect(r"DOM0-INIT-UP", 2400)?;

@@ -60,7 +60,7 @@ const IMPOSSIBLE: &[Case] = &[
     ("efer-lma-without-pg", Both, |c| c.cr0 &= !(1 << 31)),
     ("dr6-high", Both, |c| c.dr6 |= 1 << 32),
     ("dr7-high", Both, |c| c.dr7 |= 1 << 32),
-    ("rip-middle", Both, |c| c.rip = 1 << 48),
+    ("rip-middle", Both, |c| c.rip = 1 << 58),
     ("rip-32-bit", Both, |c| {
         c.cs_arbytes = 0xc9b;
         c.rip = 1 << 32;
