@@ -386,6 +386,32 @@ fn to_prompt(c: &mut Console) -> Result<()> {
     Ok(())
 }
 
+/// From dom0's shell onto the console of the ramdisk's guest `small`, once its init has come to its end.
+fn on_small(c: &mut Console) -> Result<()> {
+    c.send("xl console small\n\n")?;
+    c.expect(r"root@small:~# ", 300)?;
+    Ok(())
+}
+
+/// Back from a guest's console to dom0's shell.
+fn leave(c: &mut Console) -> Result<()> {
+    c.send("\x1d")?;
+    c.expect(r"root@galvan:~# ", 120)?;
+    Ok(())
+}
+
+/// Writes `/root/NAME.cfg`: a guest that is the micro-guest `abuse`, which does what `only` names; `more` are
+/// lines of its own.
+fn configure_abuse(c: &mut Console, name: &str, only: &str, more: &str) -> Result<()> {
+    c.run(
+        &format!(
+            "printf '%s\\n' 'type=\"pvh\"' 'name=\"{name}\"' 'kernel=\"/root/abuse\"' 'memory=32' 'extra=\"only={only}\"' {more} > /root/{name}.cfg"
+        ),
+        30,
+    )?;
+    Ok(())
+}
+
 fn power_off(c: &mut Console) -> Result<()> {
     c.send("poweroff\n")?;
     c.expect_off(180)?;

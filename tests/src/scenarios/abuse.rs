@@ -2,6 +2,7 @@
 
 use anyhow::{Result, ensure};
 
+use super::configure_abuse;
 use super::guests::{gone, left};
 use crate::Console;
 
@@ -23,12 +24,7 @@ const CYCLES: u32 = 10;
 
 /// Starts the guest with `only=what`, and waits for a line of the log.
 fn start(c: &mut Console, what: &str, line: &str) -> Result<String> {
-    c.run(
-        &format!(
-            "printf '%s\\n' 'type=\"pvh\"' 'name=\"abuse\"' 'kernel=\"/root/abuse\"' 'memory=32' 'extra=\"only={what}\"' > /root/abuse.cfg"
-        ),
-        30,
-    )?;
+    configure_abuse(c, "abuse", what, "")?;
     c.send("xl create -q /root/abuse.cfg\n")?;
     let found = c.expect(line, 180)?;
     Ok(found.last().cloned().unwrap_or_default())

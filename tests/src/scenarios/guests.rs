@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::{power_off, same_bytes, to_prompt};
+use super::{leave, power_off, same_bytes, to_prompt};
 use crate::{Console, Echo};
 
 /// What a shell of 64 MiB of noise in `/root/f` is filled with.
@@ -57,7 +57,7 @@ fn demo_runs(c: &mut Console) -> Result<()> {
 }
 
 /// From dom0's shell to a root shell on the guest's console.
-fn log_in(c: &mut Console, guest: &str) -> Result<()> {
+pub(super) fn log_in(c: &mut Console, guest: &str) -> Result<()> {
     // xenconsoled gives a new guest's console its terminal a moment after the guest has its name.
     c.run(
         &format!(
@@ -78,13 +78,6 @@ fn wait_until_up(c: &mut Console, guest: &str) -> Result<()> {
     log_in(c, guest)?;
     c.status_of("systemctl is-system-running --wait", 240)?;
     leave(c)
-}
-
-/// Back from the guest's console to dom0's shell.
-fn leave(c: &mut Console) -> Result<()> {
-    c.send("\x1d")?;
-    c.expect(r"root@galvan:~# ", 60)?;
-    Ok(())
 }
 
 /// Waits until dom0 knows no guest of this name.

@@ -3,8 +3,8 @@
 
 use anyhow::{Context, Result, ensure};
 
-use super::guests::{Left, gone, left};
-use super::{power_off, to_prompt};
+use super::guests::{Left, gone, left, log_in};
+use super::{configure_abuse, leave, on_small, power_off, to_prompt};
 use crate::{Console, Scenario, Start};
 
 /// All of them.
@@ -64,17 +64,6 @@ pub const ALL: &[Scenario] = &[
     .with_micro_guests(),
 ];
 
-/// Makes `abuse` with this command line the guest of `/root/NAME.cfg`.
-fn configure(c: &mut Console, name: &str, only: &str, more: &str) -> Result<()> {
-    c.run(
-        &format!(
-            "printf '%s\\n' 'type=\"pvh\"' 'name=\"{name}\"' 'kernel=\"/root/abuse\"' 'memory=32' 'extra=\"only={only}\"' {more} > /root/{name}.cfg"
-        ),
-        30,
-    )?;
-    Ok(())
-}
-
 /// What xenstore knows: how many entries.
 fn entries(c: &mut Console) -> Result<u64> {
     let lines = c.run("xenstore-ls | wc -l", 60)?;
@@ -112,8 +101,8 @@ fn cycles(c: &mut Console) -> Result<()> {
     const DESTROYED: u32 = 90;
     const WITH_DEVICES: u32 = 20;
     to_first(c)?;
-    configure(c, "short", "timers", "")?;
-    configure(c, "long", "asleep", "")?;
+    configure_abuse(c, "short", "timers", "")?;
+    configure_abuse(c, "long", "asleep", "")?;
     let before = left(c)?;
     let known = entries(c)?;
     for (what, times, cycle) in [
@@ -193,17 +182,14 @@ fn killed(c: &mut Console) -> Result<()> {
     }
     // A guest that is made as if nothing had been.
     c.run("xl create -q /etc/xen/small.cfg", 240)?;
-    c.send("xl console small\n\n")?;
-    c.expect(r"root@small:~# ", 300)?;
-    c.send("\x1d")?;
-    c.expect(r"root@galvan:~# ", 60)?;
+    on_small(c)?;
+    leave(c)?;
 
     // xenconsoled, while the guest says more than its ring holds.
     c.send("xl console small\n")?;
     c.send("for i in $(seq 20000); do echo line-$i; done\n")?;
     c.expect(r"line-100\n", 120)?;
-    c.send("\x1d")?;
-    c.expect(r"root@galvan:~# ", 120)?;
+    leave(c)?;
     c.run("kill -9 $(cat /run/xenconsoled.pid); sleep 2", 30)?;
     c.run(
         "xenconsoled --pid-file=/run/xenconsoled.pid --log=guest --log-dir=/var/log/xen; sleep 2",
@@ -213,8 +199,7 @@ fn killed(c: &mut Console) -> Result<()> {
     c.expect(r"line-20000\n", 400)?;
     c.send("\n")?;
     c.expect(r"root@small:~# ", 60)?;
-    c.send("\x1d")?;
-    c.expect(r"root@galvan:~# ", 60)?;
+    leave(c)?;
     c.run("xl destroy small", 120)?;
     gone(c, "small")?;
     // The new one holds an event channel of its own as the old one did.
@@ -244,18 +229,10 @@ fn backend(c: &mut Console) -> Result<()> {
         "echo $(ls /sys/bus/xen-backend/drivers/vbd | grep ^vbd-) > /sys/bus/xen-backend/drivers/vbd/unbind",
     ] {
         c.run("xl create -q /root/q.cfg", 120)?;
-        c.run(
-            "for i in $(seq 60); do xenstore-read /local/domain/$(xl domid demo)/console/tty && break; sleep 1; done",
-            120,
-        )?;
-        c.send("xl console demo\n\n")?;
-        c.expect(r"demo login: ", 300)?;
-        c.send("root\n")?;
-        c.expect(r"root@demo:~# ", 120)?;
+        log_in(c, "demo")?;
         c.send("for d in /root/x /dev/xvdb; do (while dd if=/dev/zero of=$d bs=64k count=1500 oflag=direct 2>/dev/null; do :; done) & done; echo dd-'runs'\n")?;
         c.expect(r"dd-runs\n", 60)?;
-        c.send("\x1d")?;
-        c.expect(r"root@galvan:~# ", 60)?;
+        leave(c)?;
         c.run(&format!("sleep 3; {kill}"), 60)?;
         c.run("sleep 3; xl list", 60)?;
         c.run("xl destroy demo", 120)?;
@@ -275,12 +252,10 @@ fn destroy(c: &mut Console) -> Result<()> {
     let before = left(c)?;
     for n in 0..TIMES {
         c.run("xl create -q /etc/xen/small.cfg", 240)?;
-        c.send("xl console small\n\n")?;
-        c.expect(r"root@small:~# ", 300)?;
+        on_small(c)?;
         c.send("(while :; do wget -q -O - http://10.9.0.1/f > /dev/null; done) & (while :; do dd if=/dev/zero of=/dev/xvda bs=256k count=200 conv=fsync 2>/dev/null; done) & (while :; do dd if=/dev/xvda of=/dev/null bs=64k iflag=direct 2>/dev/null; done) & echo load-'runs'\n")?;
         c.expect(r"load-runs\n", 60)?;
-        c.send("\x1d")?;
-        c.expect(r"root@galvan:~# ", 60)?;
+        leave(c)?;
         c.run(&format!("sleep {}.{n}; xl destroy small", 1 + n % 3), 120)?;
         gone(c, "small")?;
         all_back(c, &before).with_context(|| format!("destroyed the {}. time", n + 1))?;
@@ -294,7 +269,7 @@ fn destroy(c: &mut Console) -> Result<()> {
 
 fn crashes(c: &mut Console) -> Result<()> {
     to_first(c)?;
-    configure(c, "falls", "triple", "'on_crash=\"restart\"'")?;
+    configure_abuse(c, "falls", "triple", "'on_crash=\"restart\"'")?;
     let before = left(c)?;
     c.run("xl create -q /root/falls.cfg", 60)?;
     let first = c.run("sleep 60; xl dmesg | grep -c 'triple fault'", 120)?;
@@ -304,8 +279,7 @@ fn crashes(c: &mut Console) -> Result<()> {
     ensure!(crashes >= 5, "{crashes} crashes in a minute");
     all_back(c, &before)?;
     c.run("xl create -q /etc/xen/small.cfg", 240)?;
-    c.send("xl console small\n\n")?;
-    c.expect(r"root@small:~# ", 300)?;
+    on_small(c)?;
     c.finding(&format!(
         "{crashes} crashes in a minute, each with its line in xl dmesg"
     ));
@@ -330,11 +304,9 @@ fn balloon(c: &mut Console) -> Result<()> {
         at_first - 480
     );
     c.run("xl create -q /etc/xen/small.cfg", 240)?;
-    c.send("xl console small\n\n")?;
-    c.expect(r"root@small:~# ", 300)?;
+    on_small(c)?;
     c.run("dd if=/dev/urandom of=f bs=1M count=16 2>/dev/null; dd if=f of=/dev/xvda conv=fsync 2>/dev/null; cmp -n 16777216 f /dev/xvda 2>&1; sha256sum < f", 120)?;
-    c.send("\x1d")?;
-    c.expect(r"root@galvan:~# ", 60)?;
+    leave(c)?;
     c.run("xl destroy small", 120)?;
     gone(c, "small")?;
     all_back(c, &low).context("a guest while dom0 is small")?;
@@ -376,7 +348,7 @@ fn shares(c: &mut Console) -> Result<()> {
     to_first(c)?;
     let before = left(c)?;
     for n in 1..=8 {
-        configure(c, &format!("a{n}"), "runaway", "")?;
+        configure_abuse(c, &format!("a{n}"), "runaway", "")?;
         c.run(&format!("xl create -q /root/a{n}.cfg"), 120)?;
         if n % 2 == 0 {
             c.run(&format!("xl sched-credit2 -d a{n} -w {WEIGHT}"), 60)?;

@@ -3,7 +3,7 @@
 use anyhow::{Result, ensure};
 
 use super::guests::{gone, left};
-use super::same_bytes;
+use super::{leave, on_small, same_bytes};
 use crate::Console;
 
 /// What is written to disks and sent through networks: few bytes, as the machine is slow.
@@ -22,21 +22,6 @@ pub(super) fn to_prompt(c: &mut Console) -> Result<()> {
         cpu[1],
         c.elapsed().as_secs_f32()
     ));
-    Ok(())
-}
-
-/// Onto the console of the guest, which is there once its init has come to its end.
-fn on_console(c: &mut Console) -> Result<()> {
-    c.send("xl console small\n")?;
-    c.send("\n")?;
-    c.expect(r"root@small:~# ", 300)?;
-    Ok(())
-}
-
-/// Back to dom0's shell.
-fn leave(c: &mut Console) -> Result<()> {
-    c.send("\x1d")?;
-    c.expect(r"root@galvan:~# ", 60)?;
     Ok(())
 }
 
@@ -123,7 +108,7 @@ pub(super) fn guest(c: &mut Console) -> Result<()> {
     let before = left(c)?;
     let started = c.elapsed();
     c.run("xl create -q /etc/xen/small.cfg", 240)?;
-    on_console(c)?;
+    on_small(c)?;
     c.finding(&format!(
         "a guest's prompt {:.0} s after xl create",
         (c.elapsed() - started).as_secs_f32()
