@@ -5,7 +5,7 @@
 //! Information Fields", appendix "VMX Basic Exit Reasons".)
 
 use galvan_base::Gpa;
-use galvan_base::exit::{Exit, NestedFault, Pio};
+use galvan_base::exit::{Exit, FaultKind, Pio};
 
 use crate::vmcs::field;
 
@@ -175,7 +175,10 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
     let len = || read(field::LENGTH) as u8;
     Cause::Policy(match raw & 0xffff {
         reason::CPUID => Exit::Cpuid(len()),
-        reason::EPT_VIOLATION => Exit::NestedFault(nested_fault(&read)),
+        reason::EPT_VIOLATION => Exit::NestedFault(
+            fault_kind(read(field::QUALIFICATION)),
+            Gpa::new_truncate(read(field::GPA)),
+        ),
         reason::WRMSR => Exit::MsrWrite(len()),
         reason::RDMSR => Exit::MsrRead(len()),
         reason::IO => Exit::Pio(pio(&read)),
@@ -211,7 +214,7 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
                 };
             }
             Exit::Unknown {
-                vendor_code: raw.into(),
+                vendor_code: raw,
                 info: q,
             }
         }
@@ -232,7 +235,7 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
             }
         }
         _ => Exit::Unknown {
-            vendor_code: raw.into(),
+            vendor_code: raw,
             info: read(field::QUALIFICATION),
         },
     })
@@ -250,17 +253,13 @@ fn pio(read: &impl Fn(u32) -> u64) -> Pio {
     }
 }
 
-fn nested_fault(read: &impl Fn(u32) -> u64) -> NestedFault {
-    let q = read(field::QUALIFICATION);
-    NestedFault {
-        gpa: Gpa::new_truncate(read(field::GPA)),
-        write: q & ept::WRITE != 0,
-        fetch: q & ept::FETCH != 0,
-        present: q & ept::PERMISSIONS != 0,
-        walk: q & ept::LINEAR != 0 && q & ept::TRANSLATED == 0,
-        insn: [0; 15],
-        insn_len: 0,
-    }
+fn fault_kind(q: u64) -> FaultKind {
+    FaultKind::new(
+        q & ept::WRITE != 0,
+        q & ept::FETCH != 0,
+        q & ept::PERMISSIONS != 0,
+        q & ept::LINEAR != 0 && q & ept::TRANSLATED == 0,
+    )
 }
 
 #[cfg(test)]
@@ -343,17 +342,18 @@ mod tests {
     #[test]
     fn nested_faults() {
         let f = |q| match exit(48, &[(field::QUALIFICATION, q), (field::GPA, 0xfee0_0300)]) {
-            Exit::NestedFault(f) => {
-                assert_eq!((f.gpa.get(), f.insn_len), (0xfee0_0300, 0));
-                (f.present, f.write, f.fetch, f.walk)
+            Exit::NestedFault(k, gpa) => {
+                assert_eq!(gpa.get(), 0xfee0_0300);
+                [FaultKind::PRESENT, FaultKind::WRITE, FaultKind::FETCH, FaultKind::WALK]
+                    .map(|bit| k.contains(bit))
             }
             other => panic!("{other:?}"),
         };
-        assert_eq!(f(0x181), (false, false, false, false));
-        assert_eq!(f(0x182), (false, true, false, false));
-        assert_eq!(f(0x1ac), (true, false, true, false));
-        assert_eq!(f(0x8a), (true, true, false, true), "a walk, no translation");
-        assert_eq!(f(0x1), (false, false, false, false), "no linear address");
+        assert_eq!(f(0x181), [false, false, false, false]);
+        assert_eq!(f(0x182), [false, true, false, false]);
+        assert_eq!(f(0x1ac), [true, false, true, false]);
+        assert_eq!(f(0x8a), [true, true, false, true], "a walk, no translation");
+        assert_eq!(f(0x1), [false, false, false, false], "no linear address");
     }
 
     #[test]

@@ -146,6 +146,8 @@ pub struct Vcpu<C: Cpu = Real> {
     tsc_aux: u32,
     /// Why the state or event that was set cannot be run.
     refused: Option<&'static str>,
+    /// The check that failed at the last entry that did.
+    failed_check: &'static str,
     counts: HwCounts,
 }
 
@@ -185,6 +187,7 @@ impl<C: Cpu> Vcpu<C> {
             xcr0: 1,
             tsc_aux: 0,
             refused: None,
+            failed_check: "",
             counts: HwCounts::default(),
         };
         v.vmcs
@@ -730,10 +733,8 @@ impl<C: Cpu> Vcpu<C> {
             _ => (0, "no current VMCS"),
         };
         c.vmwrite(field::INJECT, 0);
-        Cause::Policy(Exit::EntryFailed {
-            vendor_code: code,
-            check,
-        })
+        self.failed_check = check;
+        Cause::Policy(Exit::EntryFailed { vendor_code: code })
     }
 
     /// The processor did not like the guest's state: finds out what.
@@ -755,9 +756,9 @@ impl<C: Cpu> Vcpu<C> {
                 check = why;
             }
         }
+        self.failed_check = check;
         Cause::Policy(Exit::EntryFailed {
             vendor_code: u64::from(raw) | c.vmread(field::QUALIFICATION) << 32,
-            check,
         })
     }
 
@@ -905,16 +906,14 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     fn enter(&mut self, regs: &mut Gprs) -> Exit {
         if self.on.is_none() {
             debug_assert!(false, "vCPU entered without being loaded");
+            self.failed_check = "vCPU not loaded";
             return Exit::EntryFailed {
                 vendor_code: 0,
-                check: "vCPU not loaded",
             };
         }
         if let Some(check) = self.refused {
-            return Exit::EntryFailed {
-                vendor_code: 0,
-                check,
-            };
+            self.failed_check = check;
+            return Exit::EntryFailed { vendor_code: 0 };
         }
         // Ends: after an exit by a debug register or a window that exit is off until the policy or
         // `unload` comes in between, and moves to control registers are the guest's progress, from
@@ -955,6 +954,10 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             }
             self.counts.hidden_exits += 1;
         }
+    }
+
+    fn failed_check(&self) -> &'static str {
+        self.failed_check
     }
 
     fn take_counts(&mut self) -> HwCounts {

@@ -466,6 +466,17 @@ pub trait HwVcpu: Send + Debug {
     /// delivery the exit interrupted is kept and injected again at the next entry.
     fn enter(&mut self, regs: &mut Gprs) -> Exit;
 
+    /// The bytes of the instruction whose access was the last [`Exit::NestedFault`], and how many of them
+    /// are valid: 0 where the processor provides none (AMD decode assists do).
+    fn fault_insn(&self) -> ([u8; 15], u8) {
+        ([0; 15], 0)
+    }
+
+    /// The check for which the last [`Exit::EntryFailed`] was, as far as known.
+    fn failed_check(&self) -> &'static str {
+        ""
+    }
+
     /// What it has counted since this was called last.
     fn take_counts(&mut self) -> HwCounts {
         HwCounts::default()
@@ -489,6 +500,10 @@ pub trait HwVcpu: Send + Debug {
     fn set_rflags(&mut self, v: u64);
     /// CR0, CR2, CR3, CR4 by number; others read 0.
     fn cr(&self, n: u8) -> u64;
+    /// CR4.
+    fn cr4(&self) -> u64 {
+        self.cr(4)
+    }
     /// Changes CR0, CR2, CR3 or CR4 by number; translations are flushed where the change demands.
     fn set_cr(&mut self, n: u8, v: u64);
     /// EFER as the guest sees it.
