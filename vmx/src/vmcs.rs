@@ -316,6 +316,18 @@ impl GuestVmcs {
         v
     }
 
+    /// Reads three fields of which none may be known; the VMCS is current.
+    #[inline(always)]
+    pub fn read_unknown<C: Cpu>(&self, cpu: C, fields: [Field; 3]) {
+        let all = fields.iter().fold(0, |all, f| all | f.bit());
+        if self.known.get() & all == 0 {
+            for f in fields {
+                self.value(f).set(cpu.vmread(f.encoding()));
+            }
+            self.known.set(self.known.get() | all);
+        }
+    }
+
     /// The parts of a segment register, if all are known: base, limit, selector, access rights.
     #[inline]
     pub fn cached_segment(&self, s: Seg) -> Option<[u64; PARTS]> {
@@ -353,6 +365,11 @@ impl GuestVmcs {
     /// Writes what was changed; the VMCS is current.
     #[inline]
     pub fn write_back<C: Cpu>(&mut self, cpu: C) {
+        // What an instruction that was stepped over leaves.
+        if self.dirty == Field::RIP.bit() {
+            self.dirty = 0;
+            cpu.vmwrite(Field::RIP.encoding(), self.value(Field::RIP).get());
+        }
         while self.dirty != 0 {
             let f = Field(self.dirty.trailing_zeros() as u8);
             cpu.vmwrite(f.encoding(), self.value(f).get());

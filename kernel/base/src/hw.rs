@@ -452,6 +452,20 @@ pub trait Posting: Send + Sync + Debug {
     fn take(&self) -> [u64; 4];
 }
 
+/// The instruction pointer after an instruction of so many bytes, by the attributes of CS.
+#[inline(always)]
+pub fn next_rip(cs: u16, rip: u64, len: u8) -> u64 {
+    let next = rip.wrapping_add(len.into());
+    if cs & Segment::LONG != 0 {
+        next
+    } else if cs & Segment::DEFAULT_32 != 0 || rip > 0xffff {
+        // Beyond 64 KiB a 16-bit segment has a limit that its guest has enlarged.
+        next & 0xffff_ffff
+    } else {
+        next & 0xffff
+    }
+}
+
 /// One virtual processor of the vendor in use, owned by the vCPU that it runs.
 ///
 /// Only the CPU on which it is loaded may use a loaded one: the owner sees to that by holding the
@@ -552,15 +566,7 @@ pub trait HwVcpu: Send + Debug {
     /// the code goes; ends an interrupt shadow. Gives the flags.
     fn step_over(&mut self, len: u8) -> u64 {
         let (cs, rip) = (self.code_attributes(), self.rip());
-        let next = rip.wrapping_add(len.into());
-        self.set_rip(if cs & Segment::LONG != 0 {
-            next
-        } else if cs & Segment::DEFAULT_32 != 0 || rip > 0xffff {
-            // Beyond 64 KiB a 16-bit segment has a limit that its guest has enlarged.
-            next & 0xffff_ffff
-        } else {
-            next & 0xffff
-        });
+        self.set_rip(next_rip(cs, rip, len));
         self.rflags()
     }
     /// Privilege level.

@@ -68,6 +68,42 @@ fn a_fast_exit_reads_and_writes_next_to_nothing() {
 }
 
 #[test]
+fn a_step_over_an_instruction_is_four_accesses_and_as_wide_as_the_code() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    let at = |v: &mut Vcpu<Fake>, rip: u64| {
+        guest(move |g| {
+            g.set(RIP, rip);
+            g.exit(reason::CPUID);
+        });
+        enter(v);
+        accesses();
+        assert_eq!(v.step_over(2) & 2, 2);
+        (v.rip(), accesses().0)
+    };
+    let mut s = ArchState::at_reset();
+    // The first entry is another.
+    v.set_state(&s);
+    at(&mut v, 0);
+    assert_eq!(at(&mut v, 0x10), (0x12, 3), "RIP, RFLAGS and the interrupt shadow");
+    assert_eq!(at(&mut v, 0xfffe), (0, 4), "and CS, at a boundary");
+    s.cr0 |= CR0_PE;
+    s.seg[Seg::Cs as usize].attr = 0xc9b;
+    v.set_state(&s);
+    assert_eq!(at(&mut v, 0xfffe).0, 0x1_0000);
+    assert_eq!(at(&mut v, 0xffff_fffe).0, 0);
+    assert!(!v.runs_long());
+    v.set_state(&long_mode());
+    assert_eq!(at(&mut v, 0xffff_fffe).0, 0x1_0000_0000);
+    accesses();
+    assert_eq!((v.runs_long(), accesses().0), (true, 0), "the address says so");
+    assert_eq!(at(&mut v, 0x1000).0, 0x1002);
+    assert!(v.runs_long());
+    v.unload();
+}
+
+#[test]
 fn a_vmcs_is_cleared_where_it_was_before_another_cpu_takes_it() {
     let vmx = boot(new());
     let mut v = vcpu(vmx, 0x1000, false);
