@@ -1355,14 +1355,26 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         if lent.exits != self.eoi_exits {
             self.write_eoi_exits(lent.exits);
         }
+        let none = lent.waiting == [0; 4] && lent.in_service == [0; 4];
+        // By far the most often it is empty, and was when it was read.
+        if none && self.vmcs.noted() {
+            self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, 0);
+            return;
+        }
         let in_service = self.write_vectors(ISR_WORD, lent.in_service);
         let waiting = self.write_vectors(IRR_WORD, lent.waiting);
+        self.vmcs.note(none);
         let status = in_service << 8 | waiting;
         self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status);
     }
 
     fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {
-        (self.read_vectors(IRR_WORD), self.read_vectors(ISR_WORD))
+        if self.vmcs.noted() {
+            return ([0; 4], [0; 4]);
+        }
+        let (waiting, in_service) = (self.read_vectors(IRR_WORD), self.read_vectors(ISR_WORD));
+        self.vmcs.note(waiting == [0; 4] && in_service == [0; 4]);
+        (waiting, in_service)
     }
 
     fn posting(&self) -> Option<Arc<dyn Posting>> {

@@ -207,6 +207,10 @@ const OURS: u64 = 1 << Field::PAT.0
 const ABSENT: u64 = 0b11 << (SINGLES + 8 * PARTS + 2) | 0b11 << (SINGLES + 9 * PARTS + 2);
 const ALL: u64 = ((1 << FIELDS) - 1) & !ABSENT;
 
+/// Not a field: the virtual-APIC page has neither interrupts that wait nor some in service.
+const NOTE: u64 = 1 << 63;
+const _: () = assert!(ALL & NOTE == 0);
+
 /// The size of tables by field: as many as a word has bits.
 const SLOTS: usize = 64;
 
@@ -375,6 +379,17 @@ impl GuestVmcs {
             cpu.vmwrite(f.encoding(), self.value(f).get());
             self.dirty &= self.dirty - 1;
         }
+    }
+
+    /// Notes whether the virtual-APIC page is without interrupts, until the guest runs.
+    pub fn note(&self, empty: bool) {
+        let known = self.known.get() & !NOTE;
+        self.known.set(known | if empty { NOTE } else { 0 });
+    }
+
+    /// Whether it is noted to be.
+    pub fn noted(&self) -> bool {
+        self.known.get() & NOTE != 0
     }
 
     /// The guest has run: what it can change is unknown.

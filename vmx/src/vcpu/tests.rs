@@ -530,6 +530,31 @@ fn interrupts_in_service_are_in_the_virtual_apic_page() {
     accesses();
     v.lend_interrupts(Some(&lent));
     assert_eq!(accesses(), (0, 1));
+    // The guest ends all of them, and the page is found empty: it is not written, but SVI is. Then
+    // another comes.
+    guest_exits(reason::HLT);
+    enter(&mut v);
+    v.write_vectors(ISR_WORD, [0; 4]);
+    let none = Lent { waiting: [0; 4], in_service: [0; 4], ..lent };
+    for (l, status) in [(&none, 0), (&none, 0), (&lent, 193 << 8), (&none, 0), (&lent, 193 << 8)] {
+        let was = v.lent_interrupts();
+        assert_eq!(v.lent_interrupts(), was);
+        v.lend_interrupts(Some(l));
+        assert_eq!(v.lent_interrupts(), (l.waiting, l.in_service));
+        guest(move |g| {
+            assert_eq!(g.get(field::INTERRUPT_STATUS), status);
+            g.exit(reason::HLT);
+        });
+        enter(&mut v);
+        assert_eq!(v.lent_interrupts(), (l.waiting, l.in_service));
+    }
+    // One that the processor has taken in since is seen.
+    v.lend_interrupts(Some(&none));
+    guest_exits(reason::HLT);
+    enter(&mut v);
+    v.write_vectors(IRR_WORD, [0, 4, 0, 0]);
+    assert_eq!(v.lent_interrupts(), ([0, 4, 0, 0], [0; 4]));
+    v.lend_interrupts(Some(&lent));
     v.unload();
     assert_eq!(v.lent_interrupts().1, lent.in_service, "without its VMCS");
     v.load();
