@@ -126,21 +126,29 @@ fn known_length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<NonZeroU8> {
     {
         return NonZeroU8::new(s.len);
     }
-    look(cx, kind, linear, cr3)
+    wide(cx, kind, linear, cr3)
 }
 
-#[cold]
+/// The same for one that lies in two words.
 #[inline(never)]
-fn look(cx: &mut Cx<'_>, kind: Kind, key: u64, cr3: u64) -> Option<NonZeroU8> {
-    if let Some(s) = cx.st.icache.slots.get(slot_of(key))
-        && s.linear == key
+fn wide(cx: &mut Cx<'_>, kind: Kind, linear: u64, cr3: u64) -> Option<NonZeroU8> {
+    if let Some(s) = cx.st.icache.slots.get(slot_of(linear))
+        && s.linear == linear
         && s.kind == kind as u8 | TWO_WORDS
         && s.cr3 == cr3
-        && s.words.iter().all(|w| w.is_there(cx.hv.hw))
+        && let [first, second] = &s.words
+        && first.is_there(cx.hv.hw)
+        && second.is_there(cx.hv.hw)
         && cx.dom.p2m.still(&s.stamp)
     {
         return NonZeroU8::new(s.len);
     }
+    look(cx, kind, linear)
+}
+
+#[cold]
+#[inline(never)]
+fn look(cx: &mut Cx<'_>, kind: Kind, key: u64) -> Option<NonZeroU8> {
     let bits = bits(cx);
     match with_code(cx, |bytes| {
         match_kind(bytes, bits, kind).map(|n| (n, prefix_of(bytes)))
