@@ -20,7 +20,7 @@ use galvan_dom0_proto::sched::{SHUTDOWN_CODE_INVALID, SHUTDOWN_CRASH};
 use galvan_dom0_proto::xen::VIRQ_DOM_EXC;
 use spin::Once;
 
-use crate::cpu_policy::CpuPolicy;
+use crate::cpu_policy::DomainPolicy;
 use crate::evtchn::EventChannels;
 use crate::gnttab::GrantTable;
 use crate::hv::Hv;
@@ -116,7 +116,7 @@ pub struct Domain {
     /// HVM parameters by number.
     pub params: RankedLock<crate::hvm_params::HvmParams, { rank::CONFIG }>,
     /// CPUID and MSR policy.
-    pub cpu_policy: RankedRwLock<CpuPolicy, { rank::CONFIG }>,
+    pub cpu_policy: DomainPolicy,
     /// The memory map that the toolstack (or the dom0 builder) set for it: (address, size, type).
     pub memory_map: RankedLock<Vec<(u64, u64, u32)>, { rank::CONFIG }>,
     /// Real hardware in its hands; only dom0 has it.
@@ -414,7 +414,7 @@ impl Domain {
             evtchn: EventChannels::new(&config),
             gnttab: GrantTable::new(&config),
             params: RankedLock::new(Default::default()),
-            cpu_policy: RankedRwLock::new(hv.cpu_policy.default_for(config.hardware_domain, config.max_vcpus)),
+            cpu_policy: DomainPolicy::new(hv.cpu_policy.default_for(config.hardware_domain, config.max_vcpus)),
             memory_map: RankedLock::new(Vec::new()),
             hardware,
             time_offset: AtomicI64::new(0),

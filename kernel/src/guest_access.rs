@@ -8,7 +8,8 @@
 use alloc::sync::Arc;
 
 use galvan_base::hw::PagingMode;
-use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE, direct};
+use galvan_base::direct::KnownPage;
+use galvan_base::{Gfn, Gpa, Mpa, PAGE_SIZE};
 use galvan_dom0_proto::errno::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -131,7 +132,7 @@ impl Cx<'_> {
     /// Reads bytes that lie in one page, for an access of this kind.
     pub(crate) fn read_as(&self, gva: u64, a: Access, buf: &mut [u8]) -> Result<(), WalkFault> {
         let hw = self.hv.hw;
-        if self.at_once(gva, buf.len(), a, |m, off| hw.read(m, off, buf)) == Some(Ok(())) {
+        if self.at_once(gva, buf.len(), a, |page, off| page.read(hw, off, buf)) == Some(Ok(())) {
             return Ok(());
         }
         let (gpa, page) = self.reach_as(gva, a, Want::Read)?;
@@ -312,11 +313,7 @@ impl Cx<'_> {
     #[inline]
     pub fn get<T: FromBytes + IntoBytes>(&self, gva: u64) -> Result<T, Errno> {
         let mut v = T::new_zeroed();
-        let hw = self.hv.hw;
-        let read = self.at_once(gva, size_of::<T>(), Access::empty(), |m, off| {
-            direct::read(hw, m, off, v.as_mut_bytes())
-        });
-        if read != Some(Ok(())) {
+        if !self.read_at_once(gva, v.as_mut_bytes(), Access::empty()) {
             self.read_bytes(gva, v.as_mut_bytes())?;
         }
         Ok(v)
@@ -330,15 +327,11 @@ impl Cx<'_> {
             return None;
         }
         let mut v = T::new_zeroed();
-        let hw = self.hv.hw;
         let q = self.query(gva, Access::WRITE);
         let walks = &self.st.walks;
-        let read = walks.with(hw, &self.dom.p2m, &q, |m, off| {
-            direct::read(hw, m, off, v.as_mut_bytes())
-        });
-        if read != Some(Ok(())) {
-            return None;
-        }
+        walks
+            .read(self.hv.hw, &self.dom.p2m, &q, v.as_mut_bytes())
+            .then_some(())?;
         Some((v, walks.spot(&q)?))
     }
 
@@ -350,11 +343,7 @@ impl Cx<'_> {
         spot: &Spot,
         v: &T,
     ) -> Result<(), Errno> {
-        let hw = self.hv.hw;
-        let written = spot.with(&self.dom.p2m, |m, off| {
-            direct::write(hw, m, off, v.as_bytes())
-        });
-        if written != Some(Ok(())) {
+        if !spot.write(self.hv.hw, &self.dom.p2m, v.as_bytes()) {
             // The page is another by now, or has become one whose writes are noticed.
             return self.put(gva, v);
         }
@@ -365,14 +354,22 @@ impl Cx<'_> {
     #[inline(always)]
     pub(crate) fn get_known(&self, gva: u64) -> Option<u32> {
         let mut b = [0; 4];
-        let hw = self.hv.hw;
-        let read = self.at_once(gva, size_of_val(&b), Access::empty(), |m, off| {
-            direct::read(hw, m, off, &mut b)
-        });
-        (read == Some(Ok(()))).then(|| u32::from_ne_bytes(b))
+        self.read_at_once(gva, &mut b, Access::empty())
+            .then(|| u32::from_ne_bytes(b))
     }
 
-    /// Calls `f` with the frame and offset of so many bytes at a guest virtual address, if it is known
+    /// Reads bytes if it is known where they are and they lie in one page of ordinary RAM; see
+    /// `WalkCache::read`.
+    #[inline(always)]
+    fn read_at_once(&self, gva: u64, buf: &mut [u8], a: Access) -> bool {
+        if gva as usize % PAGE_SIZE > PAGE_SIZE - buf.len().min(PAGE_SIZE) {
+            return false;
+        }
+        let q = self.query(gva, a);
+        self.st.walks.read(self.hv.hw, &self.dom.p2m, &q, buf)
+    }
+
+    /// Calls `f` with the page and offset of so many bytes at a guest virtual address, if it is known
     /// where that leads and they lie in one page of ordinary RAM; see `WalkCache::with`.
     #[inline(always)]
     fn at_once<R>(
@@ -380,7 +377,7 @@ impl Cx<'_> {
         gva: u64,
         len: usize,
         a: Access,
-        f: impl FnOnce(Mfn, usize) -> R,
+        f: impl FnOnce(KnownPage, usize) -> R,
     ) -> Option<R> {
         if gva as usize % PAGE_SIZE > PAGE_SIZE - len.min(PAGE_SIZE) {
             return None;
@@ -393,8 +390,8 @@ impl Cx<'_> {
     #[inline]
     pub fn put<T: IntoBytes + Immutable>(&self, gva: u64, v: &T) -> Result<(), Errno> {
         let hw = self.hv.hw;
-        let written = self.at_once(gva, size_of::<T>(), Access::WRITE, |m, off| {
-            direct::write(hw, m, off, v.as_bytes())
+        let written = self.at_once(gva, size_of::<T>(), Access::WRITE, |page, off| {
+            page.write(hw, off, v.as_bytes())
         });
         if written != Some(Ok(())) {
             self.write_bytes(gva, v.as_bytes())?;

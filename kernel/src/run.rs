@@ -94,6 +94,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
         vcpu: v,
         st: &mut guard,
     };
+    let turn = hv.sched.turn(cpu);
     // The next entry depends on nothing that may have changed since the last: see `Next::Quiet`.
     let mut quiet = false;
     loop {
@@ -134,7 +135,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
             cx.st.hw.flush_tlb();
         }
         // Whoever changed something for us before we announced the entry has not kicked us.
-        if v.has_posted() || !v.runnable() || hv.sched.must_yield(hv, cpu) {
+        if v.wants_a_look() || turn.may_be_over() && hv.sched.must_yield(hv, cpu) {
             me.in_guest.store(0, Ordering::SeqCst);
             continue;
         }
@@ -148,15 +149,19 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
         if delivers {
             v.close_posting();
         }
-        me.entries.fetch_add(1, Ordering::Relaxed);
-        me.in_guest.store(0, Ordering::SeqCst);
+        // Nobody else writes it. That it is out comes after all that the guest has done, and whoever
+        // sees it late waits a little longer: only the announcement of an entry must come before what
+        // follows it.
+        let entries = me.entries.load(Ordering::Relaxed);
+        me.entries.store(entries.wrapping_add(1), Ordering::Relaxed);
+        me.in_guest.store(0, Ordering::Release);
 
         if matches!(exit, Exit::Interrupt | Exit::Nmi) {
             hv.hw.take_interrupts();
             continue;
         }
         let lent = cx.st.lent;
-        match exit::handle(&mut cx, exit) {
+        match exit::handle(&mut cx, &exit) {
             Next::Resume => {}
             Next::Quiet => quiet = lent == cx.st.lent,
             Next::Yield => {

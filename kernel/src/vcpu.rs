@@ -157,6 +157,8 @@ pub struct VcpuState {
     pub flush_epoch: u64,
     /// Instruction fetch cache of the exit path.
     pub icache: crate::exit::insn::InsnCache,
+    /// What CPUID has answered.
+    pub answers: crate::exit::cpuid::Answers,
     /// Walks of its page tables.
     pub walks: crate::walk_cache::WalkCache,
     /// What is added to the host's TSC for the guest.
@@ -244,6 +246,7 @@ impl Vcpu {
                 msrs: Default::default(),
                 flush_epoch: 0,
                 icache: Default::default(),
+                answers: Default::default(),
                 walks: Default::default(),
                 tsc_offset: 0,
                 time_written: false,
@@ -417,6 +420,16 @@ impl Vcpu {
     /// It has one now.
     pub fn set_initialised(&self) {
         self.initialised.store(true, Ordering::Release);
+    }
+
+    /// Whether it is to be looked at before it runs: it must not, or something was posted to it.
+    #[inline(always)]
+    pub fn wants_a_look(&self) -> bool {
+        self.posted_any.load(Ordering::SeqCst)
+            | self.requests.load(Ordering::SeqCst)
+            | self.blocked.load(Ordering::SeqCst)
+            | self.pause_count.load(Ordering::SeqCst)
+            != 0
     }
 
     /// Whether something waits that could end a halt.

@@ -12,13 +12,16 @@
 //!
 //! The last is looked at after a reference on the page has been taken and the entries have been read:
 //! whoever takes a frame away says so before letting go of it, so that either the reference was in
-//! time or that is seen. Only walks through RAM and to RAM of the ordinary type are kept.
+//! time or that is seen. One who only reads needs no reference: what was read before that look counts if
+//! the frame was still there at it, and is dropped if not. Only walks through RAM and to RAM of the
+//! ordinary type are kept.
 //!
 //! Owned by the vCPU's state, used by [`crate::guest_access`].
 
 use core::cell::Cell;
+use core::sync::atomic::{Ordering, fence};
 
-use galvan_base::direct::{self, KnownWord};
+use galvan_base::direct::{self, KnownPage, KnownWord};
 use galvan_base::hw::{HostMem, PagingMode};
 use galvan_base::{Gfn, Gpa, Mfn, Mpa, PAGE_SIZE};
 
@@ -108,7 +111,7 @@ struct Slot {
     /// Guest physical address of the page.
     gpa: Cell<u64>,
     /// Its frame, if it is ordinary RAM that has been looked up for this access.
-    mfn: Cell<Option<Mfn>>,
+    page_at: Cell<Option<KnownPage>>,
     entries: [Cell<(KnownWord, u64)>; LEVELS],
 }
 
@@ -121,7 +124,7 @@ impl Default for Slot {
             cr3: Cell::new(0),
             stamp: Cell::default(),
             gpa: Cell::new(0),
-            mfn: Cell::new(None),
+            page_at: Cell::new(None),
             entries: Default::default(),
         }
     }
@@ -152,18 +155,17 @@ impl Slot {
 /// Where an address led, of ordinary RAM, when it was looked up.
 #[derive(Debug)]
 pub(crate) struct Spot {
-    mfn: Mfn,
+    page: KnownPage,
     off: usize,
     stamp: Cell<Stamp>,
 }
 
 impl Spot {
-    /// Calls `f` with the frame and the offset, if that is still the guest's ordinary RAM, at the same
-    /// place; as [`WalkCache::with`].
+    /// Writes there, if that is still the guest's ordinary RAM, at the same place; false if it is not.
     #[inline(always)]
-    pub(crate) fn with<R>(&self, p2m: &P2m, f: impl FnOnce(Mfn, usize) -> R) -> Option<R> {
+    pub(crate) fn write(&self, mem: &dyn HostMem, p2m: &P2m, buf: &[u8]) -> bool {
         let _held = p2m.hold();
-        p2m.still(&self.stamp).then(|| f(self.mfn, self.off))
+        p2m.still(&self.stamp) && self.page.write(mem, self.off, buf).is_ok()
     }
 }
 
@@ -188,7 +190,7 @@ impl WalkCache {
         if !s.is_for(q) {
             return None;
         }
-        let page = PageRef::take(p2m.frames(), s.mfn.get()?).ok()?;
+        let page = PageRef::take(p2m.frames(), s.page_at.get()?.mfn()).ok()?;
         s.holds(mem, p2m).then(|| (s.gpa(q), page))
     }
 
@@ -201,16 +203,46 @@ impl WalkCache {
         mem: &dyn HostMem,
         p2m: &P2m,
         q: &Query,
-        f: impl FnOnce(Mfn, usize) -> R,
+        f: impl FnOnce(KnownPage, usize) -> R,
     ) -> Option<R> {
         let s = self.slots.get(q.slot())?;
         if !s.is_for(q) {
             return None;
         }
-        let mfn = s.mfn.get()?;
+        let page = s.page_at.get()?;
         let _held = p2m.hold();
         s.holds(mem, p2m)
-            .then(|| f(mfn, q.gva as usize & (PAGE_SIZE - 1)))
+            .then(|| f(page, q.gva as usize & (PAGE_SIZE - 1)))
+    }
+
+    /// Reads what an address leads to, if that is known and is ordinary RAM. If not, false: then what
+    /// is in `buf` is nothing, and may be nobody's business.
+    ///
+    /// Takes no lock. The frame may be taken away, and given to another, while it is read; but whoever
+    /// does that makes the stamp void before it lets go of the frame, and the stamp is looked at after
+    /// the last byte was read.
+    #[inline(always)]
+    pub(crate) fn read(&self, mem: &dyn HostMem, p2m: &P2m, q: &Query, buf: &mut [u8]) -> bool {
+        let Some(s) = self.slots.get(q.slot()) else {
+            return false;
+        };
+        if !s.is_for(q) {
+            return false;
+        }
+        let (Some(page), Some(walked)) =
+            (s.page_at.get(), s.entries.get(..s.len.get().into()))
+        else {
+            return false;
+        };
+        if !direct::all_equal(mem, walked)
+            || page
+                .read(mem, q.gva as usize & (PAGE_SIZE - 1), buf)
+                .is_err()
+        {
+            return false;
+        }
+        fence(Ordering::Acquire);
+        p2m.still(&s.stamp)
     }
 
     /// What [`WalkCache::with`] found last for `q`, to be used again without a walk.
@@ -218,7 +250,7 @@ impl WalkCache {
     pub(crate) fn spot(&self, q: &Query) -> Option<Spot> {
         let s = self.slots.get(q.slot())?;
         Some(Spot {
-            mfn: s.mfn.get()?,
+            page: s.page_at.get()?,
             off: q.gva as usize & (PAGE_SIZE - 1),
             stamp: s.stamp.clone(),
         })
@@ -238,7 +270,7 @@ impl WalkCache {
             s.cr3.set(q.cr3);
             s.stamp.set(stamp);
             s.gpa.set(gpa.get() & !(PAGE_SIZE as u64 - 1));
-            s.mfn.set(None);
+            s.page_at.set(None);
             for (to, (at, value)) in s.entries.iter().zip(t.entries).take(t.len) {
                 to.set((KnownWord::new(at), value));
             }
@@ -252,7 +284,7 @@ impl WalkCache {
             && s.is_for(q)
             && s.gpa(q) == gpa
         {
-            s.mfn.set(Some(mfn));
+            s.page_at.set(Some(KnownPage::new(mfn)));
         }
     }
 }

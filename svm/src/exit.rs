@@ -4,7 +4,7 @@
 //! Intercept Exit Codes", "IOIO Intercept", "MSR Intercepts", "Nested versus Guest Page Faults".)
 
 use galvan_base::Gpa;
-use galvan_base::exit::{Exit, NestedFault, Pio};
+use galvan_base::exit::{Exit, FaultKind, Pio};
 
 /// Exit codes by name.
 pub mod code {
@@ -112,8 +112,6 @@ pub trait Facts {
     fn rip(&self) -> u64;
     /// The next instruction, where the processor has NRIP save.
     fn next_rip(&self) -> Option<u64>;
-    /// Instruction bytes and their number, where the processor has decode assists.
-    fn insn(&self) -> ([u8; 15], u8);
 }
 
 /// All that the VMCB says of an exit, for tests.
@@ -130,8 +128,6 @@ pub struct Raw {
     pub rip: u64,
     /// The next instruction, where the processor has NRIP save.
     pub next_rip: Option<u64>,
-    /// Instruction bytes and their number, where the processor has decode assists.
-    pub insn: ([u8; 15], u8),
 }
 
 #[cfg(test)]
@@ -147,9 +143,6 @@ impl Facts for Raw {
     }
     fn next_rip(&self) -> Option<u64> {
         self.next_rip
-    }
-    fn insn(&self) -> ([u8; 15], u8) {
-        self.insn
     }
 }
 
@@ -175,7 +168,7 @@ pub fn decode(code: u64, raw: &impl Facts) -> Cause {
         code::CPUID => Exit::Cpuid(len()),
         code::VMMCALL => Exit::Hypercall(len()),
         code::HLT => Exit::Hlt(len()),
-        code::NPF => Exit::NestedFault(nested_fault(raw)),
+        code::NPF => Exit::NestedFault(fault_kind(raw.info1()), Gpa::new_truncate(raw.info2())),
         code::IOIO => Exit::Pio(pio(raw)),
         code::MSR if raw.info1() & 1 == 0 => Exit::MsrRead(len()),
         code::MSR => Exit::MsrWrite(len()),
@@ -207,10 +200,9 @@ pub fn decode(code: u64, raw: &impl Facts) -> Cause {
         code::IRET => return Cause::Iret,
         other if is_refusal(other) => Exit::EntryFailed {
             vendor_code: other,
-            check: "guest state",
         },
         other => Exit::Unknown {
-            vendor_code: other,
+            vendor_code: other as u32,
             info: raw.info1(),
         },
     })
@@ -247,17 +239,13 @@ fn pio(raw: &impl Facts) -> Pio {
     }
 }
 
-fn nested_fault(raw: &impl Facts) -> NestedFault {
-    let (insn, insn_len) = raw.insn();
-    NestedFault {
-        gpa: Gpa::new_truncate(raw.info2()),
-        write: raw.info1() & npf::WRITE != 0,
-        fetch: raw.info1() & npf::FETCH != 0,
-        present: raw.info1() & npf::PRESENT != 0,
-        walk: raw.info1() & npf::WALK != 0,
-        insn,
-        insn_len: insn_len.min(15),
-    }
+fn fault_kind(info1: u64) -> FaultKind {
+    FaultKind::new(
+        info1 & npf::WRITE != 0,
+        info1 & npf::FETCH != 0,
+        info1 & npf::PRESENT != 0,
+        info1 & npf::WALK != 0,
+    )
 }
 
 #[cfg(test)]
@@ -368,29 +356,17 @@ mod tests {
     #[test]
     fn nested_faults() {
         let f = |info1| match exit(0x400, info1, 0xfee0_0300) {
-            Exit::NestedFault(f) => {
-                assert_eq!(f.gpa.get(), 0xfee0_0300);
-                (f.present, f.write, f.fetch, f.walk)
+            Exit::NestedFault(k, gpa) => {
+                assert_eq!(gpa.get(), 0xfee0_0300);
+                [FaultKind::PRESENT, FaultKind::WRITE, FaultKind::FETCH, FaultKind::WALK]
+                    .map(|bit| k.contains(bit))
             }
             other => panic!("{other:?}"),
         };
-        assert_eq!(f(0x1_0000_0004), (false, false, false, false));
-        assert_eq!(f(0x1_0000_0006), (false, true, false, false));
-        assert_eq!(f(0x1_0000_0015), (true, false, true, false));
-        assert_eq!(f(0x2_0000_0007), (true, true, false, true));
-    }
-
-    #[test]
-    fn nested_fault_carries_instruction_bytes_and_never_more_than_fifteen() {
-        let raw = Raw {
-            code: code::NPF,
-            insn: ([0x90; 15], 200),
-            ..Raw::default()
-        };
-        let Cause::Policy(Exit::NestedFault(f)) = decode(raw.code, &raw) else {
-            panic!()
-        };
-        assert_eq!((f.insn_len, f.insn[14]), (15, 0x90));
+        assert_eq!(f(0x1_0000_0004), [false, false, false, false]);
+        assert_eq!(f(0x1_0000_0006), [false, true, false, false]);
+        assert_eq!(f(0x1_0000_0015), [true, false, true, false]);
+        assert_eq!(f(0x2_0000_0007), [true, true, false, true]);
     }
 
     #[test]
@@ -437,8 +413,7 @@ mod tests {
             assert_eq!(
                 exit(code, 0, 0),
                 Exit::EntryFailed {
-                    vendor_code: code,
-                    check: "guest state"
+                    vendor_code: code
                 }
             );
         }

@@ -283,10 +283,9 @@ impl<C: Cpu> Vcpu<C> {
     /// [`HwVcpu::enter`] in all cases.
     #[inline(never)]
     fn enter_as_it_is(&mut self, cpu: &PerCpu, regs: &mut Gprs) -> Exit {
-        if let Some(check) = self.refused {
+        if self.refused.is_some() {
             return Exit::EntryFailed {
                 vendor_code: exit::code::INVALID,
-                check,
             };
         }
         // Ends: after the first exit of either kind its intercept is off until the policy or
@@ -364,6 +363,15 @@ impl<C: Cpu> Vcpu<C> {
         exit::decode(code, self)
     }
 
+    /// The exit has interrupted the delivery of an event that was not injected.
+    #[cold]
+    fn deliver_again(&mut self, interrupted: u64, code: u64) {
+        if !exit::is_refusal(code) {
+            let again = inject::after_exit(interrupted, 0, 0, 0);
+            self.vmcb.event_inj.set(again);
+        }
+    }
+
     /// Nothing was run, so nothing can be relied on to have been flushed or loaded.
     #[cold]
     fn after_refusal(&mut self, cpu: &PerCpu) {
@@ -417,14 +425,6 @@ impl<C: Cpu> exit::Facts for Vcpu<C> {
     fn next_rip(&self) -> Option<u64> {
         let nrips = self.svm.caps.features.contains(Features::NRIPS);
         nrips.then(|| self.vmcb.next_rip.get())
-    }
-    #[inline]
-    fn insn(&self) -> ([u8; 15], u8) {
-        if self.svm.caps.features.contains(Features::DECODE_ASSISTS) {
-            (self.vmcb.insn.get(), self.vmcb.insn_len.get())
-        } else {
-            ([0; 15], 0)
-        }
     }
 }
 
@@ -490,7 +490,6 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             debug_assert!(false, "vCPU entered without being loaded");
             return Exit::EntryFailed {
                 vendor_code: 0,
-                check: "vCPU not loaded",
             };
         };
         if self.rare || self.vmcb.event_inj.get() != 0 {
@@ -500,9 +499,8 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.switch(cpu, regs);
         let interrupted = self.vmcb.exit_int_info.get();
         let code = self.vmcb.exit_code.get();
-        if interrupted & inject::VALID != 0 && !exit::is_refusal(code) {
-            let again = inject::after_exit(interrupted, 0, 0, 0);
-            self.vmcb.event_inj.set(again);
+        if interrupted & inject::VALID != 0 {
+            self.deliver_again(interrupted, code);
         }
         match exit::decode(code, self) {
             Cause::Policy(exit) => {
@@ -515,6 +513,21 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                 self.take_care(cause);
                 self.enter_as_it_is(cpu, regs)
             }
+        }
+    }
+
+    fn fault_insn(&self) -> ([u8; 15], u8) {
+        if self.svm.caps.features.contains(Features::DECODE_ASSISTS) {
+            (self.vmcb.insn.get(), self.vmcb.insn_len.get().min(15))
+        } else {
+            ([0; 15], 0)
+        }
+    }
+
+    fn failed_check(&self) -> &'static str {
+        match self.on {
+            Some(_) => self.refused.unwrap_or("guest state"),
+            None => "vCPU not loaded",
         }
     }
 
@@ -621,6 +634,11 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             4 => self.vmcb.cr4.get(),
             _ => 0,
         }
+    }
+
+    #[inline]
+    fn cr4(&self) -> u64 {
+        self.vmcb.cr4.get()
     }
 
     fn set_cr(&mut self, n: u8, v: u64) {

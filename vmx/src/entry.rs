@@ -20,6 +20,9 @@ pub(crate) const EXITED: u64 = 0;
 /// only if it is another. Gives [`EXITED`], 1 if there is no current VMCS, 2 if its controls or
 /// host state are refused.
 ///
+/// Of the registers only RBX, RBP and RSP are as they were when it returns, which a caller in
+/// assembly says: the compiler saves the others where it uses them and no second time here.
+///
 /// # Safety
 /// VMX operation; interrupts disabled; the current VMCS confines its guest, has the host state of
 /// this CPU and [`exited`] for the host's RIP; the pointers are valid for reads and writes.
@@ -32,10 +35,6 @@ pub(crate) unsafe extern "sysv64" fn world_switch(
     naked_asm!(
         "push rbx",
         "push rbp",
-        "push r12",
-        "push r13",
-        "push r14",
-        "push r15",
         "push rdi",
         "cmp [rdx], rsp",
         "je 2f",
@@ -72,10 +71,6 @@ pub(crate) unsafe extern "sysv64" fn world_switch(
         "mov eax, 2",
         "5:",
         "pop rdi",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
         "pop rbp",
         "pop rbx",
         "ret",
@@ -124,10 +119,6 @@ pub(crate) unsafe extern "sysv64" fn exited() {
         "pop rax",
         "mov [rdi + {rdi}], rax",
         "xor eax, eax",
-        "pop r15",
-        "pop r14",
-        "pop r13",
-        "pop r12",
         "pop rbp",
         "pop rbx",
         "ret",

@@ -5,7 +5,7 @@
 //! Information Fields", appendix "VMX Basic Exit Reasons".)
 
 use galvan_base::Gpa;
-use galvan_base::exit::{Exit, NestedFault, Pio};
+use galvan_base::exit::{Exit, FaultKind, Pio};
 
 use crate::vmcs::field;
 
@@ -143,16 +143,6 @@ pub enum Cause {
     },
 }
 
-/// Whether an exit for this reason can have interrupted the delivery of an event: only those that
-/// are no instruction's.
-#[inline]
-pub fn can_interrupt_delivery(basic: u32) -> bool {
-    matches!(
-        basic,
-        reason::EVENT | reason::TASK_SWITCH | reason::EPT_VIOLATION | reason::EPT_MISCONFIG
-    )
-}
-
 /// Whether the exit says that an IRET has ended NMI blocking but will be executed again, so that
 /// blocking must be restored. `vectoring` is the word of the delivery that was interrupted.
 pub fn iret_again(basic: u32, vectoring: u64, read: impl Fn(u32) -> u64) -> bool {
@@ -169,13 +159,21 @@ pub fn iret_again(basic: u32, vectoring: u64, read: impl Fn(u32) -> u64) -> bool
     }
 }
 
-/// Translates. `raw` is the exit reason; it is not one of a failed entry.
-#[inline]
-pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
+/// Translates. `raw` is the exit reason; it is not one of a failed entry. `deliver` is called first if an
+/// exit for this reason can have interrupted the delivery of an event: only those can that are no
+/// instruction's.
+#[inline(always)]
+pub fn decode(raw: u32, read: impl Fn(u32) -> u64, deliver: impl FnOnce()) -> Cause {
     let len = || read(field::LENGTH) as u8;
     Cause::Policy(match raw & 0xffff {
         reason::CPUID => Exit::Cpuid(len()),
-        reason::EPT_VIOLATION => Exit::NestedFault(nested_fault(&read)),
+        reason::EPT_VIOLATION => {
+            deliver();
+            Exit::NestedFault(
+                fault_kind(read(field::QUALIFICATION)),
+                Gpa::new_truncate(read(field::GPA)),
+            )
+        }
         reason::WRMSR => Exit::MsrWrite(len()),
         reason::RDMSR => Exit::MsrRead(len()),
         reason::IO => Exit::Pio(pio(&read)),
@@ -198,7 +196,10 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
         | reason::INVVPID
         | reason::VMFUNC
         | reason::ENCLS => Exit::NotForGuests,
-        reason::TASK_SWITCH => Exit::TaskSwitch,
+        reason::TASK_SWITCH => {
+            deliver();
+            Exit::TaskSwitch
+        }
         reason::TRIPLE_FAULT => Exit::Shutdown,
         reason::NMI_WINDOW => return Cause::NmiWindow,
         reason::DEBUG_REGISTER => return Cause::DebugRegister,
@@ -211,11 +212,12 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
                 };
             }
             Exit::Unknown {
-                vendor_code: raw.into(),
+                vendor_code: raw,
                 info: q,
             }
         }
         reason::EVENT => {
+            deliver();
             let e = read(field::EVENT) as u32;
             match (e >> 8 & 7, e as u8) {
                 (TYPE_NMI, _) => return Cause::HostNmi,
@@ -231,10 +233,15 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64) -> Cause {
                 },
             }
         }
-        _ => Exit::Unknown {
-            vendor_code: raw.into(),
-            info: read(field::QUALIFICATION),
-        },
+        basic => {
+            if basic == reason::EPT_MISCONFIG {
+                deliver();
+            }
+            Exit::Unknown {
+                vendor_code: raw,
+                info: read(field::QUALIFICATION),
+            }
+        }
     })
 }
 
@@ -250,17 +257,13 @@ fn pio(read: &impl Fn(u32) -> u64) -> Pio {
     }
 }
 
-fn nested_fault(read: &impl Fn(u32) -> u64) -> NestedFault {
-    let q = read(field::QUALIFICATION);
-    NestedFault {
-        gpa: Gpa::new_truncate(read(field::GPA)),
-        write: q & ept::WRITE != 0,
-        fetch: q & ept::FETCH != 0,
-        present: q & ept::PERMISSIONS != 0,
-        walk: q & ept::LINEAR != 0 && q & ept::TRANSLATED == 0,
-        insn: [0; 15],
-        insn_len: 0,
-    }
+fn fault_kind(q: u64) -> FaultKind {
+    FaultKind::new(
+        q & ept::WRITE != 0,
+        q & ept::FETCH != 0,
+        q & ept::PERMISSIONS != 0,
+        q & ept::LINEAR != 0 && q & ept::TRANSLATED == 0,
+    )
 }
 
 #[cfg(test)]
@@ -269,13 +272,18 @@ mod tests {
 
     /// Fields that an exit of this reason has; reading another is a failure.
     fn cause(raw: u32, fields: &[(u32, u64)]) -> Cause {
-        decode(raw, |f| {
+        let mut delivery = false;
+        let read = |f| {
             fields
                 .iter()
                 .find(|(n, _)| *n == f)
                 .unwrap_or_else(|| panic!("field {f:#x} of exit {raw}"))
                 .1
-        })
+        };
+        let cause = decode(raw, read, || delivery = true);
+        // Events, task switches, EPT violations and misconfigurations.
+        assert_eq!(delivery, matches!(raw, 0 | 9 | 48 | 49), "{raw}");
+        cause
     }
 
     fn exit(raw: u32, fields: &[(u32, u64)]) -> Exit {
@@ -343,17 +351,18 @@ mod tests {
     #[test]
     fn nested_faults() {
         let f = |q| match exit(48, &[(field::QUALIFICATION, q), (field::GPA, 0xfee0_0300)]) {
-            Exit::NestedFault(f) => {
-                assert_eq!((f.gpa.get(), f.insn_len), (0xfee0_0300, 0));
-                (f.present, f.write, f.fetch, f.walk)
+            Exit::NestedFault(k, gpa) => {
+                assert_eq!(gpa.get(), 0xfee0_0300);
+                [FaultKind::PRESENT, FaultKind::WRITE, FaultKind::FETCH, FaultKind::WALK]
+                    .map(|bit| k.contains(bit))
             }
             other => panic!("{other:?}"),
         };
-        assert_eq!(f(0x181), (false, false, false, false));
-        assert_eq!(f(0x182), (false, true, false, false));
-        assert_eq!(f(0x1ac), (true, false, true, false));
-        assert_eq!(f(0x8a), (true, true, false, true), "a walk, no translation");
-        assert_eq!(f(0x1), (false, false, false, false), "no linear address");
+        assert_eq!(f(0x181), [false, false, false, false]);
+        assert_eq!(f(0x182), [false, true, false, false]);
+        assert_eq!(f(0x1ac), [true, false, true, false]);
+        assert_eq!(f(0x8a), [true, true, false, true], "a walk, no translation");
+        assert_eq!(f(0x1), [false, false, false, false], "no linear address");
     }
 
     #[test]

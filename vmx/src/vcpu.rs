@@ -34,7 +34,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use galvan_base::exit::Exit;
 use galvan_base::fpu::{self, FpuArea};
 use galvan_base::hw::{
-    Exhausted, HwCounts, HwVcpu, Lent, Posting, VcpuConfig, VirtualApic, Window,
+    Exhausted, HwCounts, HwVcpu, Lent, Posting, VcpuConfig, VirtualApic, Window, next_rip,
 };
 use galvan_base::page::{Pages, Words};
 use galvan_base::state::{
@@ -146,6 +146,11 @@ pub struct Vcpu<C: Cpu = Real> {
     tsc_aux: u32,
     /// Why the state or event that was set cannot be run.
     refused: Option<&'static str>,
+    /// `on`, `launched`, `stale`, `pointers_stale`, `event`, `nmi_waits` or `refused` may be other
+    /// than they mostly are at an entry.
+    rare: bool,
+    /// The check that failed at the last entry that did.
+    failed_check: &'static str,
     counts: HwCounts,
 }
 
@@ -185,6 +190,8 @@ impl<C: Cpu> Vcpu<C> {
             xcr0: 1,
             tsc_aux: 0,
             refused: None,
+            rare: true,
+            failed_check: "",
             counts: HwCounts::default(),
         };
         v.vmcs
@@ -409,6 +416,7 @@ impl<C: Cpu> Vcpu<C> {
 
     fn forget_translations(&mut self, how: Stale) {
         self.stale = self.stale.max(how);
+        self.rare = true;
     }
 
     #[cold]
@@ -641,10 +649,8 @@ impl<C: Cpu> Vcpu<C> {
         }
     }
 
-    /// One entry and exit.
-    #[inline]
-    fn run(&mut self, regs: &mut Gprs) -> Cause {
-        let c = self.vmx.cpu;
+    /// What an entry needs that is not as most are.
+    fn settle(&mut self) {
         if self.nmi_waits {
             self.settle_nmi();
         }
@@ -654,16 +660,29 @@ impl<C: Cpu> Vcpu<C> {
         if self.stale != Stale::Nothing {
             self.settle_translations();
         }
-        let injected = self.event;
-        if injected != 0 {
+        if self.event != 0 {
             self.write_event();
+        }
+    }
+
+    /// One entry and exit. Unless it is `rare`, nothing is to be settled or injected, and the VMCS is
+    /// launched.
+    #[inline(always)]
+    fn run(&mut self, regs: &mut Gprs, rare: bool) -> Cause {
+        let c = self.vmx.cpu;
+        let mut injected = 0;
+        let mut launched = true;
+        if rare {
+            self.settle();
+            injected = self.event;
+            launched = self.launched;
         }
         self.vmcs.set(Field::RSP, regs.rsp);
         // Only a soft event's matters afterwards, which has had it read.
         let rip_before = self.vmcs.cached(Field::RIP).unwrap_or(0);
         self.vmcs.write_back(c);
 
-        let how = c.run(regs, self.launched, &mut self.host_rsp);
+        let how = c.run(regs, launched, &mut self.host_rsp);
         if how != Entry::Exited {
             return self.not_entered(how);
         }
@@ -671,14 +690,17 @@ impl<C: Cpu> Vcpu<C> {
         if raw & reason::ENTRY_FAILED != 0 {
             return self.entry_failed(raw);
         }
-        self.launched = true;
-        self.event = 0;
+        if rare {
+            self.launched = true;
+            self.event = 0;
+        }
         self.vmcs.forget();
         regs.rsp = self.vmcs.read(c, Field::RSP);
-        if exit::can_interrupt_delivery(raw & 0xffff) {
-            self.after_possible_delivery(raw & 0xffff, injected, rip_before);
-        }
-        exit::decode(raw, |f| c.vmread(f))
+        exit::decode(
+            raw,
+            |f| c.vmread(f),
+            || self.after_possible_delivery(raw & 0xffff, injected, rip_before),
+        )
     }
 
     /// Has the host deal with the interrupt that was an exit, if the processor has acknowledged it.
@@ -692,6 +714,7 @@ impl<C: Cpu> Vcpu<C> {
     }
 
     /// Keeps an event whose delivery the exit has interrupted.
+    #[inline(never)]
     fn after_possible_delivery(&mut self, basic: u32, injected: u64, rip_before: u64) {
         let c = self.vmx.cpu;
         let word = c.vmread(field::VECTORING);
@@ -699,6 +722,7 @@ impl<C: Cpu> Vcpu<C> {
         if word & inject::VALID != 0 {
             let rip = self.get(Field::RIP);
             self.event = inject::after_exit(word, injected, rip_before, rip);
+            self.rare = true;
             if inject::is_soft(self.event) {
                 // `write_event` has moved it.
                 let length = u64::from(!self.vmx.caps.length_0);
@@ -730,10 +754,8 @@ impl<C: Cpu> Vcpu<C> {
             _ => (0, "no current VMCS"),
         };
         c.vmwrite(field::INJECT, 0);
-        Cause::Policy(Exit::EntryFailed {
-            vendor_code: code,
-            check,
-        })
+        self.failed_check = check;
+        Cause::Policy(Exit::EntryFailed { vendor_code: code })
     }
 
     /// The processor did not like the guest's state: finds out what.
@@ -755,10 +777,85 @@ impl<C: Cpu> Vcpu<C> {
                 check = why;
             }
         }
+        self.failed_check = check;
         Cause::Policy(Exit::EntryFailed {
             vendor_code: u64::from(raw) | c.vmread(field::QUALIFICATION) << 32,
-            check,
         })
+    }
+
+    /// [`HwVcpu::enter`] in all cases.
+    #[inline(never)]
+    fn enter_as_it_is(&mut self, regs: &mut Gprs) -> Exit {
+        if self.on.is_none() {
+            debug_assert!(false, "vCPU entered without being loaded");
+            self.failed_check = "vCPU not loaded";
+            return Exit::EntryFailed { vendor_code: 0 };
+        }
+        if let Some(check) = self.refused {
+            self.failed_check = check;
+            return Exit::EntryFailed { vendor_code: 0 };
+        }
+        // Ends: after an exit by a debug register or a window that exit is off until the policy or
+        // `unload` comes in between, and moves to control registers are the guest's progress, from
+        // which an interrupt takes it.
+        let exit = loop {
+            match self.run(regs, true) {
+                Cause::Policy(exit) => break exit,
+                cause => {
+                    if let Some(exit) = self.take_care(cause, regs) {
+                        break exit;
+                    }
+                }
+            }
+        };
+        self.rare = !self.launched
+            || self.stale != Stale::Nothing
+            || self.pointers_stale
+            || self.event != 0
+            || self.nmi_waits
+            || self.refused.is_some();
+        exit
+    }
+
+    /// Deals with an exit that is not the policy's, or not as it comes from the processor. `None`: the guest
+    /// goes on.
+    #[inline(never)]
+    fn take_care(&mut self, cause: Cause, regs: &Gprs) -> Option<Exit> {
+        match cause {
+            Cause::Policy(exit) => return Some(exit),
+            Cause::DebugRegister => self.take_debug_registers(),
+            Cause::ControlRegister { number, from } => {
+                self.control_register(regs, number, from);
+            }
+            // The next entry looks whether it waits still.
+            Cause::NmiWindow => self.controls(primary::NMI_WINDOW, false),
+            Cause::HostInterrupt => {
+                self.host_interrupt();
+                return Some(Exit::Interrupt);
+            }
+            Cause::HostNmi => {
+                self.vmx.cpu.handle_nmi();
+                return Some(Exit::Nmi);
+            }
+            Cause::MachineCheck => {
+                self.vmx.cpu.handle_machine_check();
+                return Some(Exit::Interrupt);
+            }
+            Cause::Debug { dr6 } => {
+                let old = self.dr6();
+                self.set_dr6(old & !0xf | dr6);
+                if dr6 & DR6_BD != 0 {
+                    let dr7 = self.get(Field::DR7);
+                    self.vmcs.set(Field::DR7, dr7 & !DR7_GD);
+                }
+                return Some(Exit::Exception {
+                    vector: 1,
+                    error: 0,
+                });
+            }
+        }
+        self.counts.hidden_exits += 1;
+        None
     }
 
     fn segment_field(&self, s: Seg, part: Part) -> u64 {
@@ -900,61 +997,24 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         cpu.release(c, self.vmcs.mpa());
         self.launched = false;
         self.on = None;
+        self.rare = true;
     }
 
     fn enter(&mut self, regs: &mut Gprs) -> Exit {
-        if self.on.is_none() {
-            debug_assert!(false, "vCPU entered without being loaded");
-            return Exit::EntryFailed {
-                vendor_code: 0,
-                check: "vCPU not loaded",
-            };
+        if self.rare {
+            return self.enter_as_it_is(regs);
         }
-        if let Some(check) = self.refused {
-            return Exit::EntryFailed {
-                vendor_code: 0,
-                check,
-            };
+        match self.run(regs, false) {
+            Cause::Policy(exit) => exit,
+            cause => match self.take_care(cause, regs) {
+                Some(exit) => exit,
+                None => self.enter_as_it_is(regs),
+            },
         }
-        // Ends: after an exit by a debug register or a window that exit is off until the policy or
-        // `unload` comes in between, and moves to control registers are the guest's progress, from
-        // which an interrupt takes it.
-        loop {
-            match self.run(regs) {
-                Cause::Policy(exit) => return exit,
-                Cause::DebugRegister => self.take_debug_registers(),
-                Cause::ControlRegister { number, from } => {
-                    self.control_register(regs, number, from);
-                }
-                // The next entry looks whether it waits still.
-                Cause::NmiWindow => self.controls(primary::NMI_WINDOW, false),
-                Cause::HostInterrupt => {
-                    self.host_interrupt();
-                    return Exit::Interrupt;
-                }
-                Cause::HostNmi => {
-                    self.vmx.cpu.handle_nmi();
-                    return Exit::Nmi;
-                }
-                Cause::MachineCheck => {
-                    self.vmx.cpu.handle_machine_check();
-                    return Exit::Interrupt;
-                }
-                Cause::Debug { dr6 } => {
-                    let old = self.dr6();
-                    self.set_dr6(old & !0xf | dr6);
-                    if dr6 & DR6_BD != 0 {
-                        let dr7 = self.get(Field::DR7);
-                        self.vmcs.set(Field::DR7, dr7 & !DR7_GD);
-                    }
-                    return Exit::Exception {
-                        vector: 1,
-                        error: 0,
-                    };
-                }
-            }
-            self.counts.hidden_exits += 1;
-        }
+    }
+
+    fn failed_check(&self) -> &'static str {
+        self.failed_check
     }
 
     fn take_counts(&mut self) -> HwCounts {
@@ -994,6 +1054,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
 
     fn set_state(&mut self, s: &ArchState) {
         self.refused = state::validate(s, &self.vmx.caps).err();
+        self.rare = true;
         self.vmcs.set(Field::RIP, s.rip);
         let rflags = galvan_base::state::rflags(s.rflags);
         self.vmcs.set(Field::RFLAGS, rflags);
@@ -1061,6 +1122,31 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         }
     }
 
+    /// Where RIP does not leave its 64 KiB, the width of the code does not matter.
+    fn step_over(&mut self, len: u8) -> u64 {
+        if self.on.is_some() {
+            let c = self.vmx.cpu;
+            self.vmcs
+                .read_unknown(c, [Field::RIP, Field::RFLAGS, Field::INTERRUPTIBILITY]);
+        }
+        let rip = self.get(Field::RIP);
+        let next = rip.wrapping_add(len.into());
+        if (rip ^ next) >> 16 == 0 {
+            self.set_rip(next);
+        } else {
+            let cs = self.code_attributes();
+            self.set_rip(next_rip(cs, rip, len));
+        }
+        self.rflags()
+    }
+
+    /// Only 64-bit code has an instruction pointer beyond 4 GiB (Intel SDM "Checks on Guest RIP, RFLAGS,
+    /// and SSP").
+    #[inline]
+    fn runs_long(&self) -> bool {
+        self.get(Field::RIP) >> 32 != 0 || self.code_64()
+    }
+
     #[inline]
     fn rflags(&self) -> u64 {
         self.get(Field::RFLAGS)
@@ -1107,7 +1193,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             self.forget_translations(Stale::Linear);
         }
         if n != 2 {
-            self.pointers_stale = true;
+            (self.pointers_stale, self.rare) = (true, true);
         }
         match n {
             0 => {
@@ -1226,7 +1312,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     /// An NMI waits if it cannot come in at once; a second one that waits is the same one.
     fn inject(&mut self, e: Event) {
         if e == Event::Nmi {
-            self.nmi_waits = true;
+            (self.nmi_waits, self.rare) = (true, true);
             return;
         }
         let protected = self.get(Field::CR0) & CR0_PE != 0;
@@ -1234,6 +1320,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             Some(word) => self.event = word,
             None => self.refused = Some("event that the processor refuses"),
         }
+        self.rare = true;
     }
 
     fn set_interrupt_window(&mut self, w: Window) {
@@ -1268,14 +1355,26 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         if lent.exits != self.eoi_exits {
             self.write_eoi_exits(lent.exits);
         }
+        let none = lent.waiting == [0; 4] && lent.in_service == [0; 4];
+        // By far the most often it is empty, and was when it was read.
+        if none && self.vmcs.noted() {
+            self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, 0);
+            return;
+        }
         let in_service = self.write_vectors(ISR_WORD, lent.in_service);
         let waiting = self.write_vectors(IRR_WORD, lent.waiting);
+        self.vmcs.note(none);
         let status = in_service << 8 | waiting;
         self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status);
     }
 
     fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {
-        (self.read_vectors(IRR_WORD), self.read_vectors(ISR_WORD))
+        if self.vmcs.noted() {
+            return ([0; 4], [0; 4]);
+        }
+        let (waiting, in_service) = (self.read_vectors(IRR_WORD), self.read_vectors(ISR_WORD));
+        self.vmcs.note(waiting == [0; 4] && in_service == [0; 4]);
+        (waiting, in_service)
     }
 
     fn posting(&self) -> Option<Arc<dyn Posting>> {

@@ -207,6 +207,10 @@ const OURS: u64 = 1 << Field::PAT.0
 const ABSENT: u64 = 0b11 << (SINGLES + 8 * PARTS + 2) | 0b11 << (SINGLES + 9 * PARTS + 2);
 const ALL: u64 = ((1 << FIELDS) - 1) & !ABSENT;
 
+/// Not a field: the virtual-APIC page has neither interrupts that wait nor some in service.
+const NOTE: u64 = 1 << 63;
+const _: () = assert!(ALL & NOTE == 0);
+
 /// The size of tables by field: as many as a word has bits.
 const SLOTS: usize = 64;
 
@@ -316,6 +320,18 @@ impl GuestVmcs {
         v
     }
 
+    /// Reads three fields of which none may be known; the VMCS is current.
+    #[inline(always)]
+    pub fn read_unknown<C: Cpu>(&self, cpu: C, fields: [Field; 3]) {
+        let all = fields.iter().fold(0, |all, f| all | f.bit());
+        if self.known.get() & all == 0 {
+            for f in fields {
+                self.value(f).set(cpu.vmread(f.encoding()));
+            }
+            self.known.set(self.known.get() | all);
+        }
+    }
+
     /// The parts of a segment register, if all are known: base, limit, selector, access rights.
     #[inline]
     pub fn cached_segment(&self, s: Seg) -> Option<[u64; PARTS]> {
@@ -353,11 +369,27 @@ impl GuestVmcs {
     /// Writes what was changed; the VMCS is current.
     #[inline]
     pub fn write_back<C: Cpu>(&mut self, cpu: C) {
+        // What an instruction that was stepped over leaves.
+        if self.dirty == Field::RIP.bit() {
+            self.dirty = 0;
+            cpu.vmwrite(Field::RIP.encoding(), self.value(Field::RIP).get());
+        }
         while self.dirty != 0 {
             let f = Field(self.dirty.trailing_zeros() as u8);
             cpu.vmwrite(f.encoding(), self.value(f).get());
             self.dirty &= self.dirty - 1;
         }
+    }
+
+    /// Notes whether the virtual-APIC page is without interrupts, until the guest runs.
+    pub fn note(&self, empty: bool) {
+        let known = self.known.get() & !NOTE;
+        self.known.set(known | if empty { NOTE } else { 0 });
+    }
+
+    /// Whether it is noted to be.
+    pub fn noted(&self) -> bool {
+        self.known.get() & NOTE != 0
     }
 
     /// The guest has run: what it can change is unknown.

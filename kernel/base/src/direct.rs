@@ -126,10 +126,94 @@ impl Default for KnownWord {
 /// Whether each of these has this value.
 #[inline(always)]
 pub fn all_equal<M: HostMem + ?Sized>(mem: &M, words: &[Cell<(KnownWord, u64)>]) -> bool {
-    words.iter().all(|w| {
+    let is = |w: &Cell<(KnownWord, u64)>| {
         let (word, v) = w.get();
         word.load(mem) == Ok(v)
-    })
+    };
+    // As many as walks to large and to small pages have: without a loop.
+    match words {
+        [a, b, c] => is(a) && is(b) && is(c),
+        [a, b, c, d] => is(a) && is(b) && is(c) && is(d),
+        _ => words.iter().all(is),
+    }
+}
+
+/// A frame of which short pieces are read and written again and again.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownPage {
+    mfn: Mfn,
+    words: Option<&'static [AtomicU64; PAGE_SIZE / 8]>,
+}
+
+impl KnownPage {
+    /// This one; whether it is RAM is found out here.
+    pub fn new(mfn: Mfn) -> KnownPage {
+        // SAFETY: `place` gives addresses in the window, which is mapped RAM for ever, here of the
+        // beginning of a frame; each value is an atomic.
+        let words = place::<AtomicU64>(mfn, 0).map(|p| unsafe { &*p.cast() });
+        KnownPage { mfn, words }
+    }
+
+    /// Its number.
+    #[inline(always)]
+    pub fn mfn(&self) -> Mfn {
+        self.mfn
+    }
+
+    /// The aligned words of so many bytes.
+    #[inline(always)]
+    fn piece(&self, off: usize, len: usize) -> Option<&'static [AtomicU64]> {
+        if !len.is_multiple_of(8) || len > SHORT || !off.is_multiple_of(8) {
+            return None;
+        }
+        self.words?.get(off / 8..)?.get(..len / 8)
+    }
+
+    /// [`HostMem::read`]
+    #[inline(always)]
+    pub fn read<M: HostMem + ?Sized>(
+        &self,
+        mem: &M,
+        off: usize,
+        buf: &mut [u8],
+    ) -> Result<(), MemFault> {
+        if buf.len() == 4
+            && off.is_multiple_of(4)
+            && let Some(w) = self.words.and_then(|w| w.get(off / 8))
+        {
+            let v = w.load(Ordering::Relaxed) >> (off % 8 * 8);
+            buf.copy_from_slice(&(v as u32).to_le_bytes());
+            return Ok(());
+        }
+        match self.piece(off, buf.len()) {
+            Some(words) => {
+                for (to, word) in buf.as_chunks_mut::<8>().0.iter_mut().zip(words) {
+                    *to = word.load(Ordering::Relaxed).to_ne_bytes();
+                }
+                Ok(())
+            }
+            None => mem.read(self.mfn, off, buf),
+        }
+    }
+
+    /// [`HostMem::write`]
+    #[inline(always)]
+    pub fn write<M: HostMem + ?Sized>(
+        &self,
+        mem: &M,
+        off: usize,
+        buf: &[u8],
+    ) -> Result<(), MemFault> {
+        match self.piece(off, buf.len()) {
+            Some(words) => {
+                for (from, word) in buf.as_chunks::<8>().0.iter().zip(words) {
+                    word.store(u64::from_ne_bytes(*from), Ordering::Relaxed);
+                }
+                Ok(())
+            }
+            None => mem.write(self.mfn, off, buf),
+        }
+    }
 }
 
 /// The aligned words of `len` bytes at an offset of a frame in the window.
@@ -214,6 +298,11 @@ mod tests {
         let elsewhere = KnownWord::new(Mpa::new_truncate((FIRST + 2) * 4096));
         let both = [Cell::new((known, 3)), Cell::new((elsewhere, 0))];
         assert!(all_equal(&mem, &both));
+        let four = [0, 1, 2, 3].map(|n| Cell::new(if n == 3 { (elsewhere, 0) } else { (known, 3) }));
+        assert!(all_equal(&mem, &four));
+        assert!(all_equal(&mem, &four[1..]));
+        four[2].set((known, 4));
+        assert!(!all_equal(&mem, &four) && !all_equal(&mem, &four[1..]));
         let mut b = [0; 16];
         read(&mem, mfn(1), 0, &mut b).unwrap();
         assert_eq!(b, [0, 0, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0, 0]);
@@ -228,6 +317,28 @@ mod tests {
         assert!(!all_equal(&mem, &both));
         assert_eq!(load_u64(&mem, Mfn::new(0x100).unwrap(), 0), Ok(0));
         assert!(load_u64(&mem, Mfn::new(0x200).unwrap(), 0).is_err());
+        // Pages that are looked at often.
+        for page in [KnownPage::new(mfn(1)), KnownPage::new(mfn(2))] {
+            let mfn = page.mfn();
+            page.write(&mem, 4080, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4, 5, 6]).unwrap();
+            let mut quarter = [0; 4];
+            for (off, want) in [(4080, [9, 8, 7, 6]), (4084, [5, 4, 3, 2]), (4092, [3, 4, 5, 6])] {
+                page.read(&mem, off, &mut quarter).unwrap();
+                assert_eq!(quarter, want);
+            }
+            let mut b = [0; 16];
+            page.read(&mem, 4080, &mut b).unwrap();
+            assert_eq!(b, [9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4, 5, 6]);
+            // The machine does these.
+            page.write(&mem, 3, &[1, 2]).unwrap();
+            let mut odd = [0; 3];
+            page.read(&mem, 2, &mut odd).unwrap();
+            assert_eq!(odd, [0, 1, 2]);
+            assert!(page.read(&mem, 4088, &mut b).is_err());
+            assert!(page.read(&mem, 4094, &mut quarter).is_err());
+            assert!(page.write(&mem, 4088, &b).is_err());
+            assert_eq!(page.mfn(), mfn);
+        }
         assert!(load_u64(&mem, mfn(0), 4096).is_err());
         assert!(load_u64(&mem, mfn(0), 4).is_err());
         assert!(read(&mem, mfn(0), 4088, &mut b).is_err());

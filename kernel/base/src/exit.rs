@@ -11,7 +11,7 @@ pub type InsnLen = u8;
 
 /// One exit from guest mode.
 ///
-/// What kind it is stands in a byte of its own, so that making one is a store or two.
+/// It goes in two registers: what kind it is stands in the lowest byte.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Exit {
@@ -38,8 +38,9 @@ pub enum Exit {
     MsrWrite(InsnLen),
     /// IN, OUT, INS or OUTS.
     Pio(Pio),
-    /// An access that the second-stage tables do not allow.
-    NestedFault(NestedFault),
+    /// An access to this guest physical address that the second-stage tables do not allow
+    /// ([`crate::hw::HwVcpu::fault_insn`]).
+    NestedFault(FaultKind, Gpa),
     /// XSETBV; the register is in RCX, the value in RDX:RAX.
     Xsetbv(InsnLen),
     /// WBINVD or INVD.
@@ -60,17 +61,15 @@ pub enum Exit {
     TaskSwitch,
     /// Triple fault or INIT-like shutdown.
     Shutdown,
-    /// The processor refused the guest state.
+    /// The processor refused the guest state ([`crate::hw::HwVcpu::failed_check`]).
     EntryFailed {
         /// The vendor's code for it.
         vendor_code: u64,
-        /// The check that failed, as far as known.
-        check: &'static str,
     },
     /// An exit this version does not know.
     Unknown {
-        /// The vendor's exit code.
-        vendor_code: u64,
+        /// The low half of the vendor's exit code.
+        vendor_code: u32,
         /// The vendor's first information word.
         info: u64,
     },
@@ -93,21 +92,32 @@ pub struct Pio {
     pub len: InsnLen,
 }
 
-/// An access that the second-stage tables do not allow.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NestedFault {
-    /// The guest physical address.
-    pub gpa: Gpa,
-    /// A write.
-    pub write: bool,
-    /// An instruction fetch.
-    pub fetch: bool,
-    /// A mapping was present but did not permit the access.
-    pub present: bool,
-    /// The access was made by the walk of the guest's own page tables.
-    pub walk: bool,
-    /// Bytes of the instruction, where the processor provides them (AMD decode assists).
-    pub insn: [u8; 15],
-    /// How many of `insn` are valid; 0 where the processor provides none.
-    pub insn_len: u8,
+bitflags::bitflags! {
+    /// What an access was that the second-stage tables do not allow.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+    pub struct FaultKind: u8 {
+        /// A write.
+        const WRITE = 1;
+        /// An instruction fetch.
+        const FETCH = 1 << 1;
+        /// A mapping was present but did not permit the access.
+        const PRESENT = 1 << 2;
+        /// The access was made by the walk of the guest's own page tables.
+        const WALK = 1 << 3;
+    }
 }
+
+impl FaultKind {
+    /// What each of these is said to be.
+    #[inline]
+    pub fn new(write: bool, fetch: bool, present: bool, walk: bool) -> FaultKind {
+        let mut k = FaultKind::empty();
+        k.set(FaultKind::WRITE, write);
+        k.set(FaultKind::FETCH, fetch);
+        k.set(FaultKind::PRESENT, present);
+        k.set(FaultKind::WALK, walk);
+        k
+    }
+}
+
+const _: () = assert!(size_of::<Exit>() == 16);

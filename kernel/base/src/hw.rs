@@ -452,6 +452,20 @@ pub trait Posting: Send + Sync + Debug {
     fn take(&self) -> [u64; 4];
 }
 
+/// The instruction pointer after an instruction of so many bytes, by the attributes of CS.
+#[inline(always)]
+pub fn next_rip(cs: u16, rip: u64, len: u8) -> u64 {
+    let next = rip.wrapping_add(len.into());
+    if cs & Segment::LONG != 0 {
+        next
+    } else if cs & Segment::DEFAULT_32 != 0 || rip > 0xffff {
+        // Beyond 64 KiB a 16-bit segment has a limit that its guest has enlarged.
+        next & 0xffff_ffff
+    } else {
+        next & 0xffff
+    }
+}
+
 /// One virtual processor of the vendor in use, owned by the vCPU that it runs.
 ///
 /// Only the CPU on which it is loaded may use a loaded one: the owner sees to that by holding the
@@ -465,6 +479,17 @@ pub trait HwVcpu: Send + Debug {
     /// Runs the guest until its next exit. Called loaded, with interrupts disabled. An event whose
     /// delivery the exit interrupted is kept and injected again at the next entry.
     fn enter(&mut self, regs: &mut Gprs) -> Exit;
+
+    /// The bytes of the instruction whose access was the last [`Exit::NestedFault`], and how many of them
+    /// are valid: 0 where the processor provides none (AMD decode assists do).
+    fn fault_insn(&self) -> ([u8; 15], u8) {
+        ([0; 15], 0)
+    }
+
+    /// The check for which the last [`Exit::EntryFailed`] was, as far as known.
+    fn failed_check(&self) -> &'static str {
+        ""
+    }
 
     /// What it has counted since this was called last.
     fn take_counts(&mut self) -> HwCounts {
@@ -489,6 +514,10 @@ pub trait HwVcpu: Send + Debug {
     fn set_rflags(&mut self, v: u64);
     /// CR0, CR2, CR3, CR4 by number; others read 0.
     fn cr(&self, n: u8) -> u64;
+    /// CR4.
+    fn cr4(&self) -> u64 {
+        self.cr(4)
+    }
     /// Changes CR0, CR2, CR3 or CR4 by number; translations are flushed where the change demands.
     fn set_cr(&mut self, n: u8, v: u64);
     /// EFER as the guest sees it.
@@ -537,15 +566,7 @@ pub trait HwVcpu: Send + Debug {
     /// the code goes; ends an interrupt shadow. Gives the flags.
     fn step_over(&mut self, len: u8) -> u64 {
         let (cs, rip) = (self.code_attributes(), self.rip());
-        let next = rip.wrapping_add(len.into());
-        self.set_rip(if cs & Segment::LONG != 0 {
-            next
-        } else if cs & Segment::DEFAULT_32 != 0 || rip > 0xffff {
-            // Beyond 64 KiB a 16-bit segment has a limit that its guest has enlarged.
-            next & 0xffff_ffff
-        } else {
-            next & 0xffff
-        });
+        self.set_rip(next_rip(cs, rip, len));
         self.rflags()
     }
     /// Privilege level.

@@ -893,6 +893,7 @@ struct VcpuInner {
     flush_pending: bool,
     flushes: u64,
     xcr0: u64,
+    insn: ([u8; 15], u8),
     fpu: Vec<u8>,
 }
 
@@ -991,6 +992,7 @@ impl FakeVcpu {
                 flush_pending: false,
                 flushes: 0,
                 xcr0: 1,
+                insn: ([0; 15], 0),
                 fpu: std::vec![0; 576],
             })),
         }
@@ -1057,6 +1059,12 @@ impl FakeVcpu {
     pub fn flush_pending(&self) -> bool {
         self.inner().flush_pending
     }
+    /// What the processor says of the instruction at nested faults.
+    pub fn set_fault_insn(&self, bytes: &[u8]) {
+        let mut insn = [0; 15];
+        insn[..bytes.len()].copy_from_slice(bytes);
+        self.inner().insn = (insn, bytes.len() as u8);
+    }
     /// Changes the guest's state, as the guest itself would.
     pub fn with_state<R>(&self, f: impl FnOnce(&mut ArchState) -> R) -> R {
         f(&mut self.inner().state)
@@ -1068,6 +1076,10 @@ fn canonical(a: u64) -> bool {
 }
 
 impl HwVcpu for FakeVcpu {
+    fn fault_insn(&self) -> ([u8; 15], u8) {
+        self.inner().insn
+    }
+
     fn load(&mut self) {
         let mut inner = self.inner();
         assert!(!inner.loaded, "a loaded vCPU was loaded");

@@ -30,15 +30,60 @@ pub mod wire;
 
 pub use features::{Feature, FeatureSet, Virt};
 pub use mtrr::Mtrrs;
-pub use policy::{CpuPolicy, CpuidCaller, Regs, TscInfo, Vendor, apic_id};
+pub use policy::{
+    CR4_SHOWN, CpuPolicy, CpuidCaller, Needs, Regs, TscInfo, Vendor, apic_id, has_subleaves, needs,
+};
 pub use wire::{BadPolicy, MAX_LEAVES, MAX_MSRS, is_compatible, missing_features};
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use galvan_base::sync::{RankedRwLock, ReadGuard, WriteGuard, rank};
 use galvan_dom0_proto::sysctl::{
     XEN_SYSCTL_CPU_FEATURESET_HOST, XEN_SYSCTL_CPU_FEATURESET_HVM,
     XEN_SYSCTL_CPU_FEATURESET_HVM_MAX, XEN_SYSCTL_CPU_FEATURESET_RAW, XEN_SYSCTL_CPU_POLICY_HOST,
     XEN_SYSCTL_CPU_POLICY_HVM_DEFAULT, XEN_SYSCTL_CPU_POLICY_HVM_MAX, XEN_SYSCTL_CPU_POLICY_RAW,
 };
 use galvan_dom0_proto::xen::{XenCpuidLeaf, XenMsrEntry};
+
+/// A domain's policy, with a number for each of its versions, so that answers can be remembered.
+#[derive(Debug)]
+pub struct DomainPolicy {
+    policy: RankedRwLock<CpuPolicy, { rank::CONFIG }>,
+    version: AtomicU64,
+}
+
+impl DomainPolicy {
+    /// The first version, number 1.
+    pub fn new(p: CpuPolicy) -> Self {
+        Self {
+            policy: RankedRwLock::new(p),
+            version: AtomicU64::new(1),
+        }
+    }
+
+    /// The number of its version. What is read from the policy after this is good for that version
+    /// or a later one: who remembers it with this number can use it as long as the number stays.
+    #[inline]
+    pub fn version(&self) -> u64 {
+        self.version.load(Ordering::SeqCst)
+    }
+
+    /// For a look.
+    pub fn read(&self) -> ReadGuard<'_, CpuPolicy> {
+        self.policy.read()
+    }
+
+    /// For a change, which begins a new version.
+    ///
+    /// The number moves under the lock and before the change. So who has seen the new number and
+    /// reads the policy waits for the change, and who has the old number has what was true until
+    /// here, or, with an answer that is newer, a number that nobody will see again.
+    pub fn write(&self) -> WriteGuard<'_, CpuPolicy> {
+        let guard = self.policy.write();
+        self.version.fetch_add(1, Ordering::SeqCst);
+        guard
+    }
+}
 
 /// The machine's MSRs that matter for policies.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -134,6 +134,42 @@ pub struct CpuidCaller<'a> {
     pub tsc: &'a TscInfo,
 }
 
+/// What an answer depends on beside the policy and which vCPU asks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Needs {
+    /// Nothing.
+    #[default]
+    Nothing,
+    /// Those of [`CR4_SHOWN`] that are set, and whether the local APIC is enabled.
+    Cr4,
+    /// XCR0.
+    Xcr0,
+    /// Whether it is 64-bit code, and whether the local APIC is enabled.
+    LongMode,
+    /// The TSC.
+    Tsc,
+}
+
+/// Bits of CR4 that CPUID shows.
+pub const CR4_SHOWN: u64 = CR4_OSXSAVE | CR4_PKE;
+
+/// What the answer for a leaf depends on.
+#[inline]
+pub const fn needs(leaf: u32) -> Needs {
+    match leaf {
+        1 | 7 => Needs::Cr4,
+        0xd => Needs::Xcr0,
+        0x8000_0001 => Needs::LongMode,
+        _ if leaf >> 28 == 4 => Needs::Tsc,
+        _ => Needs::Nothing,
+    }
+}
+
+/// Whether the answer for a leaf depends on the subleaf.
+pub const fn has_subleaves(leaf: u32) -> bool {
+    matches!(leaf, 4 | 7 | 0xb | 0xd) || leaf >> 28 == 4
+}
+
 /// The local APIC id of a vCPU.
 pub const fn apic_id(vcpu: u32) -> u32 {
     vcpu.wrapping_mul(2)
@@ -159,7 +195,8 @@ impl CpuPolicy {
         microcode: 0,
     };
 
-    /// What CPUID answers. Leaves beyond the highest are zero.
+    /// What CPUID answers. Leaves beyond the highest are zero. It depends on what [`needs`] and
+    /// [`has_subleaves`] say.
     pub fn cpuid(&self, leaf: u32, subleaf: u32, caller: &CpuidCaller<'_>) -> Regs {
         match leaf >> 28 {
             0 => self.basic_leaf(leaf, subleaf, caller),
@@ -167,6 +204,11 @@ impl CpuPolicy {
             8 => self.extended_leaf(leaf, caller),
             _ => [0; 4],
         }
+    }
+
+    #[cfg(test)]
+    pub(crate) fn set_basic_leaf(&mut self, leaf: usize, r: Regs) {
+        self.basic[leaf] = r;
     }
 
     fn basic_leaf(&self, leaf: u32, subleaf: u32, caller: &CpuidCaller<'_>) -> Regs {

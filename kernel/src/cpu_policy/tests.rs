@@ -252,6 +252,47 @@ fn the_guests_own_state_shows() {
 }
 
 #[test]
+fn answers_depend_on_nothing_but_what_is_said() {
+    for p in [dom0(&everything(false), Virt::all(), 4), dom0(&everything(true), Virt::all(), 4)] {
+        let ranges = [0..0x40, 0x8000_0000..0x8000_0040, 0x2000_0000..0x2000_0002];
+        for leaf in ranges.into_iter().flatten() {
+            let me = caller();
+            for sub in 0..70 {
+                let plain = p.cpuid(leaf, sub, &me);
+                if !has_subleaves(leaf) {
+                    assert_eq!(plain, p.cpuid(leaf, 0, &me), "{leaf:#x}");
+                }
+                let other = |c: CpuidCaller<'_>| p.cpuid(leaf, sub, &c) != plain;
+                let cr4 = other(CpuidCaller { cr4: !0, ..me });
+                let shown = other(CpuidCaller { cr4: CR4_SHOWN, ..me });
+                let apic = other(CpuidCaller { apic_enabled: false, ..me });
+                let xcr0 = other(CpuidCaller { xcr0: 7, ..me });
+                let long = other(CpuidCaller { long_mode: false, ..me });
+                let tsc = other(CpuidCaller { tsc: &TscInfo { khz: 1, ..TSC }, ..me });
+                let n = needs(leaf);
+                assert!(n == Needs::Cr4 || !cr4, "{leaf:#x}");
+                assert_eq!(cr4, shown, "{leaf:#x}");
+                assert!(matches!(n, Needs::Cr4 | Needs::LongMode) || !apic, "{leaf:#x}");
+                assert!(n == Needs::Xcr0 || !xcr0, "{leaf:#x}");
+                assert!(n == Needs::LongMode || !long, "{leaf:#x}");
+                assert!(n == Needs::Tsc || !tsc, "{leaf:#x}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_change_begins_another_version() {
+    let p = DomainPolicy::new(dom0(&qemu64(), Virt::all(), 4));
+    let first = p.version();
+    assert_ne!(first, 0, "0 is what a place without an answer has");
+    let _ = p.read();
+    assert_eq!(p.version(), first);
+    let _ = p.write();
+    assert_ne!(p.version(), first);
+}
+
+#[test]
 fn without_the_feature_its_state_cannot_show() {
     let p = dom0(&qemu64(), Virt::all(), 4);
     let all = CpuidCaller {

@@ -7,6 +7,7 @@
 //! (AMD APM volume 2 "State Saved on Exit": nRIP; Intel SDM "VM-Exit Instruction Length".)
 
 use core::cell::Cell;
+use core::num::NonZeroU8;
 
 use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
 use galvan_base::direct::KnownWord;
@@ -60,6 +61,7 @@ const SLOTS: usize = 16;
 const CACHED_LEN: usize = 4;
 
 #[derive(Debug, Default)]
+#[repr(align(128))]
 struct Slot {
     linear: u64,
     cr3: u64,
@@ -67,10 +69,14 @@ struct Slot {
     /// The aligned words in which it lies, and what its bytes are in them. The second has no bits
     /// where the first has all of it.
     words: [Word; 2],
-    /// A [`Kind`], or 0.
+    /// A [`Kind`], or 0, with [`TWO_WORDS`] where it lies in two.
     kind: u8,
     len: u8,
 }
+
+const _: () = assert!(size_of::<Slot>() == 128);
+
+const TWO_WORDS: u8 = 1 << 7;
 
 #[derive(Clone, Copy, Debug, Default)]
 struct Word {
@@ -88,17 +94,10 @@ impl Word {
     }
 }
 
-impl Slot {
-    /// Whether the bytes are still there.
-    #[inline(always)]
-    fn is_unchanged(&self, hw: &dyn Platform) -> bool {
-        let [first, second] = &self.words;
-        first.is_there(hw) && (second.mask == 0 || second.is_there(hw))
-    }
-}
-
+/// Fibonacci hashing: the entries of a hypercall page are 32 bytes apart, other code anywhere.
+#[inline(always)]
 fn slot_of(linear: u64) -> usize {
-    (linear ^ linear >> 4 ^ linear >> 12) as usize % SLOTS
+    (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60) as usize % SLOTS
 }
 
 /// The length of the instruction at the instruction pointer, which exited as `kind`. `given` is what
@@ -108,32 +107,55 @@ fn slot_of(linear: u64) -> usize {
 /// or it cannot be fetched, for which an exception has been injected.
 #[inline(always)]
 pub fn length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<u8> {
+    // One byte through all of it: a length is not 0.
+    known_length(cx, given, kind).map(NonZeroU8::get)
+}
+
+#[inline(always)]
+fn known_length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<NonZeroU8> {
     if given != 0 {
-        return Some(given);
+        return NonZeroU8::new(given);
     }
     let (linear, cr3) = cx.st.hw.code_address();
     if let Some(s) = cx.st.icache.slots.get(slot_of(linear))
         && s.linear == linear
         && s.kind == kind as u8
         && s.cr3 == cr3
-        && s.is_unchanged(cx.hv.hw)
+        && s.words[0].is_there(cx.hv.hw)
         && cx.dom.p2m.still(&s.stamp)
     {
-        return Some(s.len);
+        return NonZeroU8::new(s.len);
+    }
+    wide(cx, kind, linear, cr3)
+}
+
+/// The same for one that lies in two words.
+#[inline(never)]
+fn wide(cx: &mut Cx<'_>, kind: Kind, linear: u64, cr3: u64) -> Option<NonZeroU8> {
+    if let Some(s) = cx.st.icache.slots.get(slot_of(linear))
+        && s.linear == linear
+        && s.kind == kind as u8 | TWO_WORDS
+        && s.cr3 == cr3
+        && let [first, second] = &s.words
+        && first.is_there(cx.hv.hw)
+        && second.is_there(cx.hv.hw)
+        && cx.dom.p2m.still(&s.stamp)
+    {
+        return NonZeroU8::new(s.len);
     }
     look(cx, kind, linear)
 }
 
 #[cold]
 #[inline(never)]
-fn look(cx: &mut Cx<'_>, kind: Kind, key: u64) -> Option<u8> {
+fn look(cx: &mut Cx<'_>, kind: Kind, key: u64) -> Option<NonZeroU8> {
     let bits = bits(cx);
     match with_code(cx, |bytes| {
         match_kind(bytes, bits, kind).map(|n| (n, prefix_of(bytes)))
     }) {
         Ok(Ok((len, bytes))) => {
             remember(cx, kind, key, len, bytes);
-            Some(len)
+            NonZeroU8::new(len)
         }
         Ok(Err(_)) => None,
         Err(stop) => {
@@ -168,12 +190,14 @@ fn remember(cx: &mut Cx<'_>, kind: Kind, key: u64, len: u8, bytes: [u8; CACHED_L
     };
     let cr3 = cx.st.hw.cr(3);
     if let Some(s) = cx.st.icache.slots.get_mut(slot_of(key)) {
+        let words = words(page.mfn().addr(), gpa.offset(), bytes, len);
+        let two = if words[1].mask == 0 { 0 } else { TWO_WORDS };
         *s = Slot {
             linear: key,
             cr3,
             stamp: Cell::new(stamp),
-            words: words(page.mfn().addr(), gpa.offset(), bytes, len),
-            kind: kind as u8,
+            words,
+            kind: kind as u8 | two,
             len,
         };
     }

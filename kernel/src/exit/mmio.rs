@@ -6,7 +6,7 @@
 //! hardware domain's emulated devices, the machine's own device memory, and nobody, where reads give
 //! all ones and writes are lost.
 
-use galvan_base::exit::NestedFault;
+use galvan_base::exit::FaultKind;
 use galvan_base::state::{CR0_PE, Seg, Segment};
 use galvan_base::{Gfn, Gpa, Mpa, PAGE_SIZE};
 
@@ -22,8 +22,9 @@ use crate::p2m::{P2mType, PageError, Want};
 const ITERATIONS: u32 = 64;
 
 /// An access that the second-stage tables did not allow.
-pub fn nested_fault(cx: &mut Cx<'_>, f: NestedFault) -> Next {
-    let frame = f.gpa.frame();
+pub fn nested_fault(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa) -> Next {
+    let frame = gpa.frame();
+    let is = |k| kind.contains(k);
     let mut hole = None;
     if !apic::claims(cx.st, frame.addr().get()) {
         let ty = cx.dom.p2m.lookup(frame).ty;
@@ -34,57 +35,58 @@ pub fn nested_fault(cx: &mut Cx<'_>, f: NestedFault) -> Next {
             // Another CPU has mapped it in the meantime.
             P2mType::Ram | P2mType::MmioDirect => return Next::Resume,
             P2mType::LogDirty => {
-                return match f.write.then(|| note_write(cx.hv, cx.dom, frame)) {
+                return match is(FaultKind::WRITE).then(|| note_write(cx.hv, cx.dom, frame)) {
                     None | Some(Ok(())) => Next::Resume,
-                    Some(Err(_)) => Next::Crash("no memory to split a page of the memory map"),
+                    Some(Err(_)) => Next::Crash(&"no memory to split a page of the memory map"),
                 };
             }
-            P2mType::RamRo if !f.write => return Next::Resume,
-            P2mType::ForeignRw | P2mType::GrantRw | P2mType::Shared if !f.fetch => {
+            P2mType::RamRo if !is(FaultKind::WRITE) => return Next::Resume,
+            P2mType::ForeignRw | P2mType::GrantRw | P2mType::Shared if !is(FaultKind::FETCH) => {
                 return Next::Resume;
             }
-            P2mType::ForeignRo | P2mType::GrantRo if !f.fetch && !f.write => return Next::Resume,
-            P2mType::RamRo if f.walk => return Next::Crash("page tables in read-only memory"),
+            P2mType::ForeignRo | P2mType::GrantRo if !is(FaultKind::FETCH) && !is(FaultKind::WRITE) => return Next::Resume,
+            P2mType::RamRo if is(FaultKind::WALK) => return Next::Crash(&"page tables in read-only memory"),
             // Writes are lost.
-            P2mType::RamRo | P2mType::ForeignRo | P2mType::GrantRo if !f.fetch => {}
+            P2mType::RamRo | P2mType::ForeignRo | P2mType::GrantRo if !is(FaultKind::FETCH) => {}
             P2mType::ForeignRw
             | P2mType::ForeignRo
             | P2mType::GrantRw
             | P2mType::GrantRo
-            | P2mType::Shared => return Next::Crash("execution of memory shared by others"),
-            P2mType::Broken => return Next::Crash("use of memory that has failed"),
+            | P2mType::Shared => return Next::Crash(&"execution of memory shared by others"),
+            P2mType::Broken => return Next::Crash(&"use of memory that has failed"),
             P2mType::None | P2mType::RamRo | P2mType::RamDm | P2mType::MmioDm | P2mType::Pod => {}
         }
     }
-    if f.fetch {
-        return Next::Crash("execution where there is no memory");
+    if is(FaultKind::FETCH) {
+        return Next::Crash(&"execution where there is no memory");
     }
-    if f.walk {
-        return Next::Crash("page tables where there is no memory");
+    if is(FaultKind::WALK) {
+        return Next::Crash(&"page tables where there is no memory");
     }
     if cx.st.hw.event_pending() {
         // It was not the instruction but the delivery of an event, to a stack or table there.
-        return Next::Crash("an event delivered where there is no memory");
+        return Next::Crash(&"an event delivered where there is no memory");
     }
-    emulate(cx, &f, hole)
+    emulate(cx, kind, gpa, hole)
 }
 
-fn emulate(cx: &mut Cx<'_>, f: &NestedFault, hole: Option<Gfn>) -> Next {
+fn emulate(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa, hole: Option<Gfn>) -> Next {
     let bits = insn::bits(cx);
-    let given = f.insn.get(..f.insn_len.into()).unwrap_or(&[]);
+    let (insn, len) = cx.st.hw.fault_insn();
+    let given = insn.get(..len.into()).unwrap_or(&[]);
     let decoded = match decode(given, bits) {
         Err(DecodeError::Short) => insn::with_code(cx, |code| decode(code, bits)),
         d => Ok(d),
     };
     let insn = match decoded {
         Ok(Ok(i)) => i,
-        Ok(Err(e)) => return not_emulated(cx, f, e),
+        Ok(Err(e)) => return not_emulated(cx, gpa, e),
         Err(stop) => return stopped(cx, stop),
     };
     let limit = iterations(cx);
     let mut guest = Guest::new(cx, bits);
-    if hint_applies(&insn, f) {
-        guest.hint = Some(f.gpa);
+    if hint_applies(&insn, kind) {
+        guest.hint = Some(gpa);
     }
     guest.hole = hole;
     let r = execute(&mut guest, &insn, limit);
@@ -98,7 +100,7 @@ fn emulate(cx: &mut Cx<'_>, f: &NestedFault, hole: Option<Gfn>) -> Next {
 /// Whether the one memory operand of the instruction is what faulted, so that its address need not
 /// be translated again. If it is written, the fault must have been a write, or the right to write
 /// has not been checked.
-fn hint_applies(i: &Insn, f: &NestedFault) -> bool {
+fn hint_applies(i: &Insn, kind: FaultKind) -> bool {
     !matches!(
         i.op,
         Op::Push
@@ -111,7 +113,7 @@ fn hint_applies(i: &Insn, f: &NestedFault) -> bool {
             | Op::Scas
             | Op::Ins
             | Op::Outs
-    ) && (f.write || !i.writes_operand())
+    ) && (kind.contains(FaultKind::WRITE) || !i.writes_operand())
 }
 
 /// How many iterations of a repeated instruction are done at once: one where each is a step.
@@ -139,14 +141,14 @@ pub(super) fn finish(cx: &mut Cx<'_>, i: &Insn, r: Result<Flow, Stop>) -> Next {
 }
 
 #[cold]
-fn not_emulated(cx: &mut Cx<'_>, f: &NestedFault, e: DecodeError) -> Next {
+fn not_emulated(cx: &mut Cx<'_>, gpa: Gpa, e: DecodeError) -> Next {
     if cx.dom.may_log(cx.hv) {
         let code = insn::with_code(cx, |b| Ok(insn::prefix_of::<MAX_LEN>(b)));
         log::warn!(
             "{:?}: instruction {code:02x?} at {:#x} on {}: {e:?}, answered with an exception",
             cx.vcpu,
             cx.st.hw.rip(),
-            f.gpa
+            gpa
         );
     }
     stopped(

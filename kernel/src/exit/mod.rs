@@ -15,7 +15,7 @@ use crate::guest_access::Cx;
 use crate::hypercall::{self, After};
 
 pub mod apic;
-mod cpuid;
+pub mod cpuid;
 pub mod insn;
 pub mod mmio;
 mod msr;
@@ -38,13 +38,13 @@ pub enum Next {
     /// It waits if it has a reason to.
     Block,
     /// Its domain has done something that cannot be answered.
-    Crash(&'static str),
+    Crash(&'static &'static str),
 }
 
 /// Decides what an exit means.
 #[inline(always)]
-pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
-    match exit {
+pub fn handle(cx: &mut Cx<'_>, exit: &Exit) -> Next {
+    match *exit {
         Exit::Hypercall(len) => {
             let Some(len) = insn::length(cx, len, insn::Kind::Hypercall) else { return Next::Resume };
             match hypercall::from_registers(cx) {
@@ -68,7 +68,7 @@ pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
         Exit::MsrRead(len) => msr::read(cx, len),
         Exit::MsrWrite(len) => msr::write(cx, len),
         Exit::Pio(pio) => pio::pio(cx, pio),
-        Exit::NestedFault(f) => mmio::nested_fault(cx, f),
+        Exit::NestedFault(kind, gpa) => mmio::nested_fault(cx, kind, gpa),
         Exit::Hlt(len) => {
             let Some(len) = insn::length(cx, len, insn::Kind::Hlt) else { return Next::Resume };
             insn::advance(cx, len);
@@ -105,9 +105,9 @@ pub fn handle(cx: &mut Cx<'_>, exit: Exit) -> Next {
             inject(cx, Event::Exception(vector, has_code.then_some(error)))
         }
         Exit::Shutdown => triple_fault(cx),
-        Exit::TaskSwitch => Next::Crash("hardware task switch"),
-        Exit::EntryFailed { .. } => Next::Crash("the processor refused the guest state"),
-        Exit::Unknown { .. } => Next::Crash("exit of an unknown kind"),
+        Exit::TaskSwitch => Next::Crash(&"hardware task switch"),
+        Exit::EntryFailed { .. } => Next::Crash(&"the processor refused the guest state"),
+        Exit::Unknown { .. } => Next::Crash(&"exit of an unknown kind"),
         Exit::Interrupt | Exit::Nmi => Next::Resume,
     }
 }
@@ -123,7 +123,7 @@ fn triple_fault(cx: &mut Cx<'_>) -> Next {
             cx.dom.shutdown(cx.hv, reason);
             Next::Yield
         }
-        _ => Next::Crash("triple fault"),
+        _ => Next::Crash(&"triple fault"),
     }
 }
 
@@ -136,6 +136,9 @@ fn inject(cx: &mut Cx<'_>, e: Event) -> Next {
 /// Writes to the log where a crashed guest was and what it was doing.
 pub fn report_crash(cx: &Cx<'_>, exit: Exit, reason: &str) {
     log::error!("{:?}: {reason}: {exit:x?}", cx.vcpu);
+    if let Exit::EntryFailed { .. } = exit {
+        log::error!("  by the check of {}", cx.st.hw.failed_check());
+    }
     log_registers(cx);
 }
 

@@ -4,7 +4,7 @@
 use core::sync::atomic::Ordering;
 use std::boxed::Box;
 
-use galvan_base::exit::{Exit, NestedFault, Pio};
+use galvan_base::exit::{Exit, FaultKind, Pio};
 use galvan_base::hw::{CpuId, HostIrq, IoApicInfo, VirtualApic, Window};
 use galvan_base::state::{
     ArchState, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, Event, Seg,
@@ -127,7 +127,7 @@ impl Setting {
     }
 
     fn exit_exactly(&self, e: Exit) -> Next {
-        self.w.with_cx(1, 0, |cx| handle(cx, e))
+        self.w.with_cx(1, 0, |cx| handle(cx, &e))
     }
 
     fn rip(&self) -> u64 {
@@ -176,7 +176,11 @@ impl Setting {
     }
 
     fn fault(&self, gpa: u64, write: bool) -> Next {
-        self.exit(Exit::NestedFault(access(gpa, write)))
+        self.exit(access(gpa, write))
+    }
+
+    fn processor_gives(&self, insn: &[u8]) {
+        self.hw(1, 0).set_fault_insn(insn);
     }
 
     fn x2apic(&self) {
@@ -203,16 +207,12 @@ fn long_mode() -> ArchState {
     s
 }
 
-fn access(gpa: u64, write: bool) -> NestedFault {
-    NestedFault {
-        gpa: Gpa::new_truncate(gpa),
-        write,
-        fetch: false,
-        present: false,
-        walk: false,
-        insn: [0; 15],
-        insn_len: 0,
-    }
+fn access(gpa: u64, write: bool) -> Exit {
+    access_of(gpa, FaultKind::new(write, false, false, false))
+}
+
+fn access_of(gpa: u64, kind: FaultKind) -> Exit {
+    Exit::NestedFault(kind, Gpa::new_truncate(gpa))
 }
 
 fn port(port: u16, size: u8, input: bool) -> Pio {
@@ -314,25 +314,71 @@ fn exits_are_quiet_that_touch_nothing_an_entry_depends_on() {
     s.code(&[0x8b, 0x00]);
     s.set_reg(RAX, HOLE);
     assert_eq!(
-        s.exit_exactly(Exit::NestedFault(access(HOLE, false))),
+        s.exit_exactly(access(HOLE, false)),
         Next::Quiet
     );
     s.code(&[0x89, 0x08]);
     s.set_reg(RAX, HOLE);
     assert_eq!(
-        s.exit_exactly(Exit::NestedFault(access(HOLE, true))),
+        s.exit_exactly(access(HOLE, true)),
         Next::Quiet
     );
     s.code(&[0x89, 0x08]);
     s.set_reg(RAX, MMIO_BASE + 0x80);
     assert_eq!(
-        s.exit_exactly(Exit::NestedFault(access(MMIO_BASE + 0x80, true))),
+        s.exit_exactly(access(MMIO_BASE + 0x80, true)),
         Next::Resume
     );
     // Single-stepping has an exception follow.
     s.code(&[0x0f, 0xa2]);
     s.hw(1, 0).with_state(|st| st.rflags |= Flags::TF);
     assert_eq!(s.exit_exactly(Exit::Cpuid(0)), Next::Resume);
+}
+
+#[test]
+fn an_answer_to_cpuid_is_remembered_only_while_it_is_true() {
+    const OSXSAVE: u64 = 1 << 27;
+    const APIC: u64 = 1 << 9;
+    let s = Setting::new();
+    s.code(&[0x0f, 0xa2]);
+    let ask = |leaf: u64, subleaf: u64| {
+        s.set_reg(RAX, leaf);
+        s.set_reg(RCX, subleaf);
+        s.hw(1, 0).with_state(|st| st.rip = CODE);
+        assert_eq!(s.exit(Exit::Cpuid(2)), Next::Resume);
+        [RAX, RBX, RCX, RDX].map(|r| s.reg(r))
+    };
+    // Each twice: the second answer may be a remembered one.
+    let twice = |leaf, subleaf| {
+        let first = ask(leaf, subleaf);
+        assert_eq!(ask(leaf, subleaf), first);
+        first
+    };
+    let plain = twice(1, 0);
+    assert_eq!(ask(1, 7), plain, "there are no subleaves");
+    assert_eq!(plain[2] & OSXSAVE, 0);
+    s.hw(1, 0).with_state(|st| st.cr4 |= galvan_base::state::CR4_OSXSAVE);
+    assert_eq!(twice(1, 0)[2], plain[2] | OSXSAVE);
+    s.hw(1, 0).with_state(|st| st.cr4 &= !galvan_base::state::CR4_OSXSAVE);
+    assert_eq!(twice(1, 0), plain);
+    // Two subleaves in one place, and two leaves.
+    assert_ne!(twice(0xd, 0), twice(0xd, 1));
+    let size = twice(0xd, 0)[1];
+    s.w.with_cx(1, 0, |cx| cx.st.hw.set_xcr0(7));
+    assert!(twice(0xd, 0)[1] > size);
+    assert_ne!(twice(0x8000_0000, 0), twice(8, 0));
+    // The local APIC.
+    assert_ne!(plain[3] & APIC, 0);
+    assert_eq!(s.wrmsr(APIC_BASE, 0xfee0_0000), Ok(()));
+    s.code(&[0x0f, 0xa2]);
+    assert_eq!(twice(1, 0)[3], plain[3] & !APIC);
+    // The policy, of this vCPU's domain.
+    let mut other = s.w.dom(1).cpu_policy.read().clone();
+    assert_ne!(twice(0, 0)[1], 0);
+    other.set_basic_leaf(0, [1, 0, 0, 0]);
+    *s.w.dom(1).cpu_policy.write() = other;
+    assert_eq!(twice(0, 0), [1, 0, 0, 0]);
+    assert_eq!(twice(0xd, 0), [0; 4], "a leaf beyond the highest");
 }
 
 #[test]
@@ -640,7 +686,7 @@ fn an_interrupt_that_cr8_holds_back_comes_when_the_guest_lowers_it() {
         assert!(crate::upcall::prepare_entry(cx));
         assert_eq!((hw.waiting(), hw.window()), (None, Window::Below(5)));
         cx.st.hw.set_tpr(4);
-        assert_eq!(handle(cx, Exit::InterruptWindow), Next::Resume);
+        assert_eq!(handle(cx, &Exit::InterruptWindow), Next::Resume);
         assert_eq!(hw.window(), Window::Closed);
         assert!(crate::upcall::prepare_entry(cx));
         assert_eq!(hw.waiting(), Some(Event::Interrupt(0x51)));
@@ -1032,7 +1078,7 @@ fn the_end_of_a_level_interrupt_that_the_processor_ended_reaches_the_machine() {
         assert_eq!(hw.take_delivered(), [Event::Interrupt(0x41)]);
         assert_eq!(w.machine.gsi(9).map(|r| r.eois), Some(0));
         let vector = hw.end_interrupt().expect("an exit");
-        assert_eq!(handle(cx, Exit::Eoi(vector)), Next::Resume);
+        assert_eq!(handle(cx, &Exit::Eoi(vector)), Next::Resume);
     });
     assert_eq!(w.machine.gsi(9).unwrap().eois, 1);
 }
@@ -1087,17 +1133,13 @@ fn the_bytes_that_the_processor_gives_are_used() {
     // Memory says otherwise.
     s.code(&[0xcc; 4]);
     s.set_reg(RBX, HOLE);
-    let mut f = access(HOLE, false);
-    f.insn[..2].copy_from_slice(&[0x8b, 0x03]);
-    f.insn_len = 15;
-    assert_eq!(s.exit(Exit::NestedFault(f)), Next::Resume);
+    s.processor_gives(&[0x8b, 0x03, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
+    assert_eq!(s.fault(HOLE, false), Next::Resume);
     assert_eq!((s.reg(RAX), s.rip()), (0xffff_ffff, CODE + 2));
     // Too few of them: the rest comes from memory.
     s.code(&[0x8b, 0x83, 4, 0, 0, 0]);
-    f.gpa = Gpa::new_truncate(HOLE + 4);
-    f.insn[..2].copy_from_slice(&[0x8b, 0x83]);
-    f.insn_len = 2;
-    assert_eq!(s.exit(Exit::NestedFault(f)), Next::Resume);
+    s.processor_gives(&[0x8b, 0x83]);
+    assert_eq!(s.fault(HOLE + 4, false), Next::Resume);
     assert_eq!(s.rip(), CODE + 6);
 }
 
@@ -1127,13 +1169,13 @@ fn the_hardware_domain_has_its_io_apic() {
     s.w.put(0, CODE, &[0x89u8, 0x0b]);
     s.w.with_cx(0, 0, |cx| {
         (cx.st.regs.rbx, cx.st.regs.rcx) = (0xfec0_0000, 1);
-        let f = Exit::NestedFault(access(0xfec0_0000, true));
-        assert_eq!(handle(cx, f), Next::Quiet);
+        let f = access(0xfec0_0000, true);
+        assert_eq!(handle(cx, &f), Next::Quiet);
     });
     s.w.put(0, CODE + 2, &[0x8bu8, 0x43, 0x10]);
     s.w.with_cx(0, 0, |cx| {
-        let f = Exit::NestedFault(access(0xfec0_0010, false));
-        assert_eq!(handle(cx, f), Next::Quiet);
+        let f = access(0xfec0_0010, false);
+        assert_eq!(handle(cx, &f), Next::Quiet);
         assert_eq!(cx.st.regs.rax, 23 << 16 | 0x11);
     });
     // Nobody else has.
@@ -1274,18 +1316,15 @@ fn writes_to_read_only_memory_are_lost() {
     assert_eq!(s.fault(DATA, true), Next::Resume);
     assert_eq!((s.rip(), s.event()), (CODE + 3, None));
     assert_eq!(s.w.get::<u32>(1, DATA), 5);
-    let mut f = access(DATA, true);
-    f.walk = true;
-    assert!(matches!(s.exit(Exit::NestedFault(f)), Next::Crash(_)));
+    let f = access_of(DATA, FaultKind::WRITE | FaultKind::WALK);
+    assert!(matches!(s.exit(f), Next::Crash(_)));
 }
 
 #[test]
 fn execution_and_page_tables_out_of_memory_end_the_domain() {
     let s = Setting::new();
-    for (fetch, walk) in [(true, false), (false, true)] {
-        let mut f = access(HOLE, false);
-        (f.fetch, f.walk) = (fetch, walk);
-        assert!(matches!(s.exit(Exit::NestedFault(f)), Next::Crash(_)));
+    for kind in [FaultKind::FETCH, FaultKind::WALK] {
+        assert!(matches!(s.exit(access_of(HOLE, kind)), Next::Crash(_)));
     }
     // An event whose delivery failed is not the instruction's access.
     s.code(&[0x8b, 0x03]);
@@ -1296,7 +1335,7 @@ fn execution_and_page_tables_out_of_memory_end_the_domain() {
 #[test]
 fn a_triple_fault_is_a_crash_unless_the_toolstack_says_otherwise() {
     let s = Setting::new();
-    assert_eq!(s.exit(Exit::Shutdown), Next::Crash("triple fault"));
+    assert_eq!(s.exit(Exit::Shutdown), Next::Crash(&"triple fault"));
     assert_eq!(s.w.dom(1).shutdown_code(), 0xff);
     let reboot = u64::from(galvan_dom0_proto::sched::SHUTDOWN_REBOOT);
     let index = HVM_PARAM_TRIPLE_FAULT_REASON;
@@ -1485,15 +1524,15 @@ fn no_exit_in_no_state_panics() {
             st.cr4 |= 1 << 20 | 1 << 21;
             st.cr3 = r.value() & 0xf_ffff_f000;
         }
-        let access = NestedFault {
-            gpa: Gpa::new_truncate(r.value()),
-            write: r.below(2) == 0,
-            fetch: r.below(16) == 0,
-            present: r.below(2) == 0,
-            walk: r.below(16) == 0,
-            insn: core::array::from_fn(|i| code.get(i).copied().unwrap_or(0xf3)),
-            insn_len: r.pick(&[0, 0, 3, 15]),
-        };
+        let kind = FaultKind::new(
+            r.below(2) == 0,
+            r.below(16) == 0,
+            r.below(2) == 0,
+            r.below(16) == 0,
+        );
+        let access = access_of(r.value(), kind);
+        let given: [u8; 15] = core::array::from_fn(|i| code.get(i).copied().unwrap_or(0xf3));
+        s.processor_gives(&given[..r.pick(&[0, 0, 3, 15])]);
         let pio = Pio {
             port: r.pick(&[0, 0x70, 0xe9, 0xcf8, 0xcfc, 0xffff]),
             size: r.pick(&[1, 2, 4]),
@@ -1509,7 +1548,7 @@ fn no_exit_in_no_state_panics() {
             2 => Exit::MsrWrite(len),
             3 => Exit::Xsetbv(len),
             4 | 5 => Exit::Pio(pio),
-            _ => Exit::NestedFault(access),
+            _ => access,
         };
         s.w.with_cx(d, 0, |cx| {
             cx.st.hw.set_state(&st);
@@ -1530,7 +1569,7 @@ fn no_exit_in_no_state_panics() {
                 ];
                 cx.st.regs.rcx = r.pick(&bases) + r.below(32);
             }
-            if matches!(handle(cx, exit), Next::Crash(_)) {
+            if matches!(handle(cx, &exit), Next::Crash(_)) {
                 crashes += 1;
             }
         });

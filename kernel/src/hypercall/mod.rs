@@ -117,30 +117,51 @@ pub enum After {
 
 /// A hypercall instruction was executed: fetches number and arguments from the registers and puts
 /// the result there.
+#[inline(always)]
 pub fn from_registers(cx: &mut Cx<'_>) -> After {
+    let (true, 0) = cx.st.hw.caller() else {
+        return from_elsewhere(cx);
+    };
+    let r = &cx.st.regs;
+    let number = r.rax;
+    let args = [r.rdi, r.rsi, r.rdx, r.r10, r.r8];
+    let result = dispatch(cx, number, args);
+    let after = if is_quiet(number) { After::Quiet } else { After::Next };
+    if let Ok(Outcome::Done(v)) = result {
+        cx.st.regs.rax = v;
+        return after;
+    }
+    finish(cx, result, after, true)
+}
+
+/// Calls by user code, and by kernels of 32 bits.
+#[cold]
+#[inline(never)]
+fn from_elsewhere(cx: &mut Cx<'_>) -> After {
     let (long, cpl) = cx.st.hw.caller();
     let r = &cx.st.regs;
-    let (number, args) = if long {
-        (r.rax, [r.rdi, r.rsi, r.rdx, r.r10, r.r8])
-    } else {
-        let low = |v: u64| v & 0xffff_ffff;
-        (low(r.rax), [low(r.rbx), low(r.rcx), low(r.rdx), low(r.rsi), low(r.rdi)])
-    };
+    let low = |v: u64| v & 0xffff_ffff;
+    let number = if long { r.rax } else { low(r.rax) };
+    let args = [low(r.rbx), low(r.rcx), low(r.rdx), low(r.rsi), low(r.rdi)];
     let result = if cpl != 0 {
         Err(Errno::EPERM)
-    } else if long {
-        dispatch(cx, number, args)
     } else {
         compat(cx, number, args)
     };
-    let done = if is_quiet(number) { After::Quiet } else { After::Next };
+    let after = if is_quiet(number) { After::Quiet } else { After::Next };
+    finish(cx, result, after, long)
+}
+
+/// Puts the result into the registers.
+#[inline(never)]
+fn finish(cx: &mut Cx<'_>, result: Ret, done: After, long: bool) -> After {
+    let r = &mut cx.st.regs;
     let (value, after) = match result {
         Ok(Outcome::Done(v)) => (v, done),
         Ok(Outcome::Yield(v)) => (v, After::Yield),
         Ok(Outcome::Block(v)) => (v, After::Block),
         Err(e) => (e.as_ret(), done),
         Ok(Outcome::Again(a)) => {
-            let r = &mut cx.st.regs;
             if long {
                 [r.rdi, r.rsi, r.rdx, r.r10, r.r8] = a;
             } else {
@@ -149,7 +170,7 @@ pub fn from_registers(cx: &mut Cx<'_>) -> After {
             return After::Again;
         }
     };
-    cx.st.regs.rax = if long { value } else { value & 0xffff_ffff };
+    r.rax = if long { value } else { value & 0xffff_ffff };
     after
 }
 

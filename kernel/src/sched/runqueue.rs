@@ -174,6 +174,19 @@ impl Run {
     }
 }
 
+/// When a CPU has to look again.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn<'a>(&'a AtomicU64);
+
+impl Turn<'_> {
+    /// Whether [`RunQueues::must_yield`] may have something to do: one load while nobody else waits for
+    /// the CPU.
+    #[inline(always)]
+    pub fn may_be_over(&self) -> bool {
+        self.0.load(Ordering::Acquire) != NEVER
+    }
+}
+
 /// The first in line for a CPU, as far as its choice depends on it.
 #[derive(Clone, Copy)]
 struct Head {
@@ -626,6 +639,12 @@ impl<E: Entity> RunQueues<E> {
             return (false, CpuSet::EMPTY);
         }
         self.turn_over(cpu, now)
+    }
+
+    /// When the CPU has to look again, for one who asks often.
+    pub fn turn(&self, cpu: CpuId) -> Turn<'_> {
+        static NO_CPU: AtomicU64 = AtomicU64::new(NEVER);
+        Turn(self.cpus.get(cpu.0 as usize).map_or(&NO_CPU, |c| &c.look_at))
     }
 
     /// Whether [`RunQueues::must_yield`] may have something to do: one load while nobody else waits

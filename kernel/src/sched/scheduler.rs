@@ -7,7 +7,7 @@ use galvan_base::hw::Exhausted;
 use galvan_dom0_proto::errno::Errno;
 
 use super::cpuset::CpuSet;
-use super::runqueue::{Entity, RunQueues};
+use super::runqueue::{Entity, RunQueues, Turn};
 use super::share::{DomainShare, MAX_WEIGHT};
 use super::unit::SchedUnit;
 use crate::domain::Domain;
@@ -105,6 +105,11 @@ impl Scheduler {
     #[inline]
     pub fn must_yield(&self, hv: Hv, cpu: CpuId) -> bool {
         self.0.may_have_to_yield(cpu) && self.turn_over(hv, cpu)
+    }
+
+    /// For the question whether [`Scheduler::must_yield`] is to be asked at all.
+    pub fn turn(&self, cpu: CpuId) -> Turn<'_> {
+        self.0.turn(cpu)
     }
 
     #[cold]

@@ -68,6 +68,42 @@ fn a_fast_exit_reads_and_writes_next_to_nothing() {
 }
 
 #[test]
+fn a_step_over_an_instruction_is_four_accesses_and_as_wide_as_the_code() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    let at = |v: &mut Vcpu<Fake>, rip: u64| {
+        guest(move |g| {
+            g.set(RIP, rip);
+            g.exit(reason::CPUID);
+        });
+        enter(v);
+        accesses();
+        assert_eq!(v.step_over(2) & 2, 2);
+        (v.rip(), accesses().0)
+    };
+    let mut s = ArchState::at_reset();
+    // The first entry is another.
+    v.set_state(&s);
+    at(&mut v, 0);
+    assert_eq!(at(&mut v, 0x10), (0x12, 3), "RIP, RFLAGS and the interrupt shadow");
+    assert_eq!(at(&mut v, 0xfffe), (0, 4), "and CS, at a boundary");
+    s.cr0 |= CR0_PE;
+    s.seg[Seg::Cs as usize].attr = 0xc9b;
+    v.set_state(&s);
+    assert_eq!(at(&mut v, 0xfffe).0, 0x1_0000);
+    assert_eq!(at(&mut v, 0xffff_fffe).0, 0);
+    assert!(!v.runs_long());
+    v.set_state(&long_mode());
+    assert_eq!(at(&mut v, 0xffff_fffe).0, 0x1_0000_0000);
+    accesses();
+    assert_eq!((v.runs_long(), accesses().0), (true, 0), "the address says so");
+    assert_eq!(at(&mut v, 0x1000).0, 0x1002);
+    assert!(v.runs_long());
+    v.unload();
+}
+
+#[test]
 fn a_vmcs_is_cleared_where_it_was_before_another_cpu_takes_it() {
     let vmx = boot(new());
     let mut v = vcpu(vmx, 0x1000, false);
@@ -402,11 +438,9 @@ fn a_state_that_entry_would_refuse_is_not_tried() {
     log();
     assert_eq!(
         enter(&mut v),
-        Exit::EntryFailed {
-            vendor_code: 0,
-            check: "CR4 reserved bits"
-        }
+        Exit::EntryFailed { vendor_code: 0 }
     );
+    assert_eq!(v.failed_check(), "CR4 reserved bits");
     assert_eq!(log(), [] as [&str; 0]);
     v.set_state(&ArchState::at_reset());
     cpuid(&mut v);
@@ -421,7 +455,7 @@ fn a_failed_entry_names_the_check() {
     v.load();
     cpuid(&mut v);
     let check = |v: &mut Vcpu<Fake>| match enter(v) {
-        Exit::EntryFailed { check, .. } => check,
+        Exit::EntryFailed { .. } => v.failed_check(),
         other => panic!("{other:?}"),
     };
     guest(|g| {
@@ -452,11 +486,9 @@ fn controls_that_are_refused_are_told_from_guest_state() {
     entry_ends(Entry::Refused);
     assert_eq!(
         enter(&mut v),
-        Exit::EntryFailed {
-            vendor_code: 7,
-            check: "control fields"
-        }
+        Exit::EntryFailed { vendor_code: 7 }
     );
+    assert_eq!(v.failed_check(), "control fields");
     v.unload();
 }
 
@@ -498,6 +530,31 @@ fn interrupts_in_service_are_in_the_virtual_apic_page() {
     accesses();
     v.lend_interrupts(Some(&lent));
     assert_eq!(accesses(), (0, 1));
+    // The guest ends all of them, and the page is found empty: it is not written, but SVI is. Then
+    // another comes.
+    guest_exits(reason::HLT);
+    enter(&mut v);
+    v.write_vectors(ISR_WORD, [0; 4]);
+    let none = Lent { waiting: [0; 4], in_service: [0; 4], ..lent };
+    for (l, status) in [(&none, 0), (&none, 0), (&lent, 193 << 8), (&none, 0), (&lent, 193 << 8)] {
+        let was = v.lent_interrupts();
+        assert_eq!(v.lent_interrupts(), was);
+        v.lend_interrupts(Some(l));
+        assert_eq!(v.lent_interrupts(), (l.waiting, l.in_service));
+        guest(move |g| {
+            assert_eq!(g.get(field::INTERRUPT_STATUS), status);
+            g.exit(reason::HLT);
+        });
+        enter(&mut v);
+        assert_eq!(v.lent_interrupts(), (l.waiting, l.in_service));
+    }
+    // One that the processor has taken in since is seen.
+    v.lend_interrupts(Some(&none));
+    guest_exits(reason::HLT);
+    enter(&mut v);
+    v.write_vectors(IRR_WORD, [0, 4, 0, 0]);
+    assert_eq!(v.lent_interrupts(), ([0, 4, 0, 0], [0; 4]));
+    v.lend_interrupts(Some(&lent));
     v.unload();
     assert_eq!(v.lent_interrupts().1, lent.in_service, "without its VMCS");
     v.load();
@@ -590,7 +647,7 @@ fn events_are_injected_once_and_again_if_interrupted() {
         g.set(field::VECTORING, 0x8000_0b0e);
         g.set(field::VECTORING_ERROR, 6);
     });
-    assert!(matches!(enter(&mut v), Exit::NestedFault(_)));
+    assert!(matches!(enter(&mut v), Exit::NestedFault(..)));
     assert!(v.event_pending());
     guest(|g| {
         assert_eq!(g.get(field::INJECT), 0x8000_0b0e);
@@ -681,7 +738,7 @@ fn an_nmi_waits_for_the_end_of_the_one_before() {
         g.set(field::VECTORING, 0x8000_0202);
         g.set(INTERRUPTIBILITY, 8);
     });
-    assert!(matches!(enter(&mut v), Exit::NestedFault(_)));
+    assert!(matches!(enter(&mut v), Exit::NestedFault(..)));
     guest(|g| {
         assert_eq!(g.get(field::INJECT), 0x8000_0202, "not delivered yet");
         assert_eq!(g.get(INTERRUPTIBILITY), 0, "as entry wants it");
