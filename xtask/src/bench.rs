@@ -5,6 +5,7 @@
 
 mod block;
 mod machine;
+mod vtx;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -15,7 +16,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use self::machine::{CPU, Line};
+use self::machine::{CPU, Firmware, Line};
 use crate::run::Hypervisor;
 use crate::{bare, bochs, paths, qemu, setup, sh};
 
@@ -201,7 +202,10 @@ fn write(out: &Path, text: &str) -> Result<()> {
 /// The same guest on VT-x.
 fn on_vtx(args: &Args, guest: &Path) -> Result<()> {
     setup::ensure(setup::FOR_BOCHS)?;
-    let mut galvan = measure(VTX, &Hypervisor::galvan()?, guest)?;
+    let xen = vtx::as_guest("vtx-xen", &Hypervisor::stock()?, guest)?;
+    eprintln!("{xen:?}");
+    let mut galvan = vtx::as_guest("vtx-galvan", &Hypervisor::galvan()?, guest)?;
+    eprintln!("{galvan:?}");
     galvan.version = version();
     let (table, met, targets) = table(&galvan, &Measured::default());
     println!("{table}");
@@ -244,7 +248,7 @@ fn measure(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measured
         false => Line::More,
     };
     if name == VTX {
-        machine::run_in_bochs(name, &contents, LIMIT, line)?;
+        machine::run_in_bochs(name, &contents, Firmware::Uefi, LIMIT, line)?;
     } else {
         machine::run(name, &contents, MEMORY, LIMIT, line)?;
     }

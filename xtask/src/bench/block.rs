@@ -10,9 +10,8 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::machine::{self, Line};
-use crate::cpio::Cpio;
 use crate::run::Hypervisor;
-use crate::{paths, toolstack};
+use crate::toolstack;
 
 /// Requests in each of the three runs of which the least counts; `small-init` has the same number.
 const REQUESTS: f64 = 1000.0;
@@ -55,16 +54,9 @@ impl Cost {
 /// Boots, and measures.
 pub fn measure(name: &str, hypervisor: &Hypervisor) -> Result<Cost> {
     eprintln!("measuring disk requests on {name}");
-    let dom0 = toolstack::make()?;
-    let mut more = Cpio::new();
-    more.file("root/micro.sh", 0o755, SCRIPT.as_bytes());
-    let mut initrd = std::fs::read(&dom0.initrd)?;
-    initrd.resize(initrd.len().next_multiple_of(4), 0);
-    initrd.extend(more.finish());
-    let path = paths::out().join("bench-block-initrd.img");
-    std::fs::write(&path, initrd)?;
+    let dom0 = machine::ramdisk("block", &[("root/micro.sh", 0o755, SCRIPT.as_bytes())])?;
     let cmdline = format!("{} micro=start", toolstack::CMDLINE);
-    let contents = hypervisor.contents(OPTIONS, &cmdline, &dom0.kernel, Some(&path));
+    let contents = hypervisor.contents(OPTIONS, &cmdline, &dom0.kernel, Some(&dom0.initrd));
     let (mut guest, mut own) = (Vec::new(), Vec::new());
     let line = |line: &str| {
         if let Some(ns) = after(line, "DOM0-BLOCK ") {
