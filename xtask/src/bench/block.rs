@@ -5,11 +5,13 @@
 //! time (`bench=block` on its command line). The file behind it is in memory, so that no device's time is
 //! in the figure. Nothing is typed: dom0's init runs [`SCRIPT`].
 
+use std::borrow::Borrow;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
 use super::machine::{self, Line};
+use super::{Both, Table};
 use crate::run::Hypervisor;
 use crate::toolstack;
 
@@ -75,6 +77,7 @@ pub fn measure(name: &str, hypervisor: &Hypervisor) -> Result<Cost> {
         &contents,
         2048,
         Duration::from_secs(400),
+        &[],
         line,
     )?;
     ensure!(
@@ -98,31 +101,25 @@ fn after(line: &str, word: &str) -> Option<f64> {
 }
 
 /// What it may cost.
-const TARGET: f64 = 50_000.0;
+const TARGET: u64 = 50_000;
 
-/// The table's line for both, and whether the target is met.
-pub fn row(galvan: &Cost, xen: Option<&Cost>) -> (String, bool) {
-    let good = galvan.beyond() <= TARGET;
-    let verdict = if good { "met" } else { "missed" };
-    let xens = xen.map_or("-".to_owned(), |x| format!("{:.0}", x.beyond()));
-    let ratio = xen.map_or("-".to_owned(), |x| {
-        format!("{:.2}", galvan.beyond() / x.beyond())
-    });
-    let row = format!(
-        "| 4 KiB read from a guest's disk, beyond dom0's own | {:.0} | {xens} | {ratio} | {TARGET:.0} | {verdict} | - | - |\n",
-        galvan.beyond()
-    );
-    (row, good)
+/// The table's line.
+pub fn row<C: Borrow<Cost>>(table: &mut Table, both: &Both<C>) {
+    let figure = |c: &C| c.borrow().beyond().round() as u64;
+    let what = "4 KiB read from a guest's disk, beyond dom0's own";
+    let both = both.each(figure);
+    table.row(what, Some(both.galvan), both.xen, Some(TARGET), &[]);
 }
 
 /// What the line is made of.
-pub fn remark(galvan: &Cost, xen: Option<&Cost>) -> String {
-    let of = |c: &Cost| format!("{:.0} and {:.0}", c.guest, c.dom0);
+pub fn remark(both: &Both<&Cost>) -> String {
+    let of = |c: &&Cost| format!("{:.0} and {:.0}", c.guest, c.dom0);
+    let both = both.each(of);
     format!(
         "- a read by a guest (dom0's backend included) and one by dom0 from the same file in memory: {} on\n  \
          Galvan, {} on Xen\n",
-        of(galvan),
-        xen.map_or("-".to_owned(), of)
+        both.galvan,
+        both.xen.as_deref().unwrap_or("-")
     )
 }
 

@@ -23,13 +23,14 @@ pub enum Line {
 /// The processor.
 pub const CPU: &str = "qemu64,+svm,+npt";
 
-/// Boots `contents` with one processor and `mem` MiB, and gives every line of the serial port to `line`
+/// Boots `contents` with one processor and `mem` MiB, and `extra` arguments of QEMU, and gives every line of the serial port to `line`
 /// until it has had the last. A machine that says nothing for `silence` is switched off, which is an error.
 pub fn run(
     name: &str,
     contents: &esp::Contents,
     mem: u32,
     silence: Duration,
+    extra: &[String],
     line: impl FnMut(&str) -> Line,
 ) -> Result<()> {
     fs::create_dir_all(paths::out())?;
@@ -43,6 +44,7 @@ pub fn run(
     machine.cpu = Some(CPU.to_owned());
     machine.snapshot = true;
     machine.extra = ["-icount", "shift=0,sleep=off"].map(str::to_owned).into();
+    machine.extra.extend_from_slice(extra);
     let mut child = machine
         .command()?
         .stdin(Stdio::null())
