@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::machine::{self, Firmware, Line};
-use super::{Args, BOOT_TARGET, LIMIT, Measured, OPERATIONS, Table, version, write};
+use super::{Args, BOOT_TARGET, LIMIT, Measured, OPERATIONS, Table, version, write, xens_version};
 use crate::run::Hypervisor;
 use crate::{bochs, grub, setup, sh, toolstack};
 
@@ -73,7 +73,7 @@ pub fn bench(args: &Args, guest: &Path) -> Result<()> {
          \x20 `count-vmcs`, without which nothing counts them)\n{}\n\
          {}\n{} of {} targets met.\n",
         version(),
-        xen.as_ref().map_or("no Xen", |x| &x.version),
+        xens_version(args)?,
         bochs::MODEL,
         remarks(&galvan, xen.as_ref()),
         table.text,
