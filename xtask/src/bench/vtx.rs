@@ -43,6 +43,10 @@ pub fn bench(args: &Args, guest: &Path) -> Result<()> {
     setup::ensure(setup::FOR_BOCHS)?;
     setup::ensure(setup::FOR_GRUB)?;
     let counted = as_dom0("vtx-counts", &Hypervisor::counting_vmcs()?, guest)?;
+    ensure!(
+        !counted.counts.is_empty() && counted.counts.values().all(|c| c.len() == 4),
+        "the build that counts VMREADs and VMWRITEs does not"
+    );
     // Built last, so that it is the one that is left.
     let hypervisor = Hypervisor::galvan()?;
     let dom0 = as_dom0("vtx-dom0", &hypervisor, guest)?;
@@ -152,7 +156,6 @@ fn table(galvan: &Measured, xen: Option<&Measured>, dom0: &Measured, counted: &M
         .iter()
         .filter_map(|o| {
             let mut counts = counted.counts.get(o.name)?.clone();
-            counts.resize(COLUMNS.len() - 1, 0);
             counts.extend(dom0.ticks.get(o.name));
             Some((o.name.to_owned(), counts))
         })
