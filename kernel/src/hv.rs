@@ -67,6 +67,9 @@ pub struct CpuState {
     hidden_exits: AtomicU64,
     /// Flushes of the TLB for guests, and fresh tags taken in their place.
     tlb_flushes: AtomicU64,
+    /// VMREAD and VMWRITE.
+    #[cfg(feature = "count-vmcs")]
+    vmcs: [AtomicU64; 2],
     /// What the counters were when they were set to zero.
     at_reset: [AtomicU64; Counter::ALL.len()],
 }
@@ -80,14 +83,24 @@ pub enum Counter {
     HiddenExits,
     /// Flushes of the TLB for guests, and fresh tags taken in their place.
     TlbFlushes,
+    /// VMREADs.
+    #[cfg(feature = "count-vmcs")]
+    VmReads,
+    /// VMWRITEs.
+    #[cfg(feature = "count-vmcs")]
+    VmWrites,
 }
 
 impl Counter {
     /// All of them.
-    pub const ALL: [Counter; 3] = [
+    pub const ALL: [Counter; if cfg!(feature = "count-vmcs") { 5 } else { 3 }] = [
         Counter::Exits,
         Counter::HiddenExits,
         Counter::TlbFlushes,
+        #[cfg(feature = "count-vmcs")]
+        Counter::VmReads,
+        #[cfg(feature = "count-vmcs")]
+        Counter::VmWrites,
     ];
 }
 
@@ -98,6 +111,10 @@ impl CpuState {
             .fetch_add(c.hidden_exits, Ordering::Relaxed);
         self.tlb_flushes
             .fetch_add(c.tlb_flushes, Ordering::Relaxed);
+        #[cfg(feature = "count-vmcs")]
+        for (sum, n) in self.vmcs.iter().zip(c.vmcs) {
+            sum.fetch_add(n, Ordering::Relaxed);
+        }
     }
 
     /// A counter since it was set to zero. What the vCPU that runs on the CPU has counted in this turn
@@ -121,6 +138,10 @@ impl CpuState {
             Counter::Exits => self.entries.load(Ordering::Relaxed) + hidden,
             Counter::HiddenExits => hidden,
             Counter::TlbFlushes => self.tlb_flushes.load(Ordering::Relaxed),
+            #[cfg(feature = "count-vmcs")]
+            Counter::VmReads => self.vmcs[0].load(Ordering::Relaxed),
+            #[cfg(feature = "count-vmcs")]
+            Counter::VmWrites => self.vmcs[1].load(Ordering::Relaxed),
         }
     }
 }

@@ -12,6 +12,7 @@ use galvan_base::Mpa;
 use galvan_base::fpu::FpuArea;
 use galvan_base::state::Gprs;
 
+use crate::accesses::{Access, count};
 use crate::entry;
 
 /// How an entry ended.
@@ -220,6 +221,7 @@ impl Cpu for Real {
 
     #[inline]
     fn vmread(self, field: u32) -> u64 {
+        count(Access::Read);
         let v: u64;
         // SAFETY: reading a field of the current VMCS has no effect.
         unsafe {
@@ -230,6 +232,7 @@ impl Cpu for Real {
 
     #[inline]
     fn vmwrite(self, field: u32, v: u64) {
+        count(Access::Write);
         // SAFETY: what the fields say matters at the next entry, where `vcpu` answers for it.
         unsafe { asm!("vmwrite {}, {}", in(reg) u64::from(field), in(reg) v, options(nostack)) };
     }
@@ -260,6 +263,7 @@ impl Cpu for Real {
 
     #[inline]
     fn run(self, regs: &mut Gprs, launched: bool, host_rsp: &mut u64) -> Entry {
+        let rsp_before = *host_rsp;
         let how: u64;
         // SAFETY: the VMCS is one that `vcpu` built: extended page tables confine the guest to its
         // own memory, the controls keep the host's state out of its reach, and the maps and tables
@@ -270,6 +274,9 @@ impl Cpu for Real {
                 inout("rdx") core::ptr::from_mut(host_rsp) => _, out("rax") how,
                 out("rcx") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
                 out("r12") _, out("r13") _, out("r14") _, out("r15") _);
+        }
+        if *host_rsp != rsp_before {
+            count(Access::Write);
         }
         match how {
             entry::EXITED => Entry::Exited,

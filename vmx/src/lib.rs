@@ -18,6 +18,7 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+mod accesses;
 pub mod bitmap;
 pub mod caps;
 mod entry;

@@ -1018,6 +1018,10 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     }
 
     fn take_counts(&mut self) -> HwCounts {
+        #[cfg(feature = "count-vmcs")]
+        {
+            self.counts.vmcs = crate::accesses::take();
+        }
         core::mem::take(&mut self.counts)
     }
 

@@ -27,6 +27,27 @@ pub struct Built {
     pub multiboot: PathBuf,
 }
 
+/// Which hypervisor is built.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Variant {
+    /// The one to use.
+    Release,
+    /// Without optimisation.
+    Debug,
+    /// With counters of VMREAD and VMWRITE.
+    CountVmcs,
+}
+
+impl Variant {
+    /// What its files are called.
+    fn name(self) -> &'static str {
+        match self {
+            Self::Release | Self::Debug => "galvan",
+            Self::CountVmcs => "galvan-count-vmcs",
+        }
+    }
+}
+
 /// Who compiles for the bare machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Toolchain {
@@ -93,7 +114,8 @@ pub fn guest(name: &str) -> Result<PathBuf> {
 }
 
 /// Builds the hypervisor and its two loaders, the UEFI application and the multiboot image.
-pub fn build(debug: bool) -> Result<Built> {
+pub fn build(variant: Variant) -> Result<Built> {
+    let debug = variant == Variant::Debug;
     let toolchain = Toolchain::find().context(
         "no compiler for the bare machine; `cargo xtask setup` says what to install for it",
     )?;
@@ -114,10 +136,22 @@ pub fn build(debug: bool) -> Result<Built> {
 
     let mut cargo = cargo(toolchain, HYPERVISOR_TARGET, debug);
     cargo.args(["-p", "galvan-bare", "--bin", "galvan"]);
+    if variant == Variant::CountVmcs {
+        cargo.args(["--features", "count-vmcs"]);
+    }
     // Unit-separated, so that a tree below a directory with a blank in its name builds too.
     cargo.env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"));
     sh::through(&mut cargo).context("the hypervisor does not build")?;
-    let hypervisor = artefact(HYPERVISOR_TARGET, debug, "galvan")?;
+    let mut hypervisor = artefact(HYPERVISOR_TARGET, debug, "galvan")?;
+    std::fs::create_dir_all(paths::out())?;
+    if variant == Variant::CountVmcs {
+        // Cargo puts each of the two in the other's place without a newer date: by its name the loaders
+        // around it are told what they have to hold.
+        let own = paths::out().join(format!("{}.elf", variant.name()));
+        std::fs::copy(&hypervisor, &own)
+            .with_context(|| format!("cannot write {}", own.display()))?;
+        hypervisor = own;
+    }
 
     let mut cargo = self::cargo(toolchain, UEFI_TARGET, debug);
     cargo.args([
@@ -131,11 +165,10 @@ pub fn build(debug: bool) -> Result<Built> {
     cargo.env("GALVAN_IMAGE", &hypervisor);
     sh::through(&mut cargo).context("galvan.efi does not build")?;
     let built = artefact(UEFI_TARGET, debug, "galvan-efi.efi")?;
-    let efi = paths::out().join("galvan.efi");
-    std::fs::create_dir_all(paths::out())?;
+    let efi = paths::out().join(format!("{}.efi", variant.name()));
     std::fs::copy(&built, &efi).with_context(|| format!("cannot write {}", efi.display()))?;
 
-    let multiboot = multiboot(toolchain, debug, &hypervisor)?;
+    let multiboot = multiboot(toolchain, variant, &hypervisor)?;
     Ok(Built {
         hypervisor,
         efi,
@@ -144,7 +177,8 @@ pub fn build(debug: bool) -> Result<Built> {
 }
 
 /// The multiboot image: as GRUB and QEMU load it, and as `galvan.gz` beside it for `/boot`.
-fn multiboot(toolchain: Toolchain, debug: bool, hypervisor: &Path) -> Result<PathBuf> {
+fn multiboot(toolchain: Toolchain, variant: Variant, hypervisor: &Path) -> Result<PathBuf> {
+    let debug = variant == Variant::Debug;
     let script = paths::root().join("boot/src/multiboot/link.ld");
     let flags = [
         "-C".to_owned(),
@@ -170,7 +204,7 @@ fn multiboot(toolchain: Toolchain, debug: bool, hypervisor: &Path) -> Result<Pat
     cargo.env("GALVAN_IMAGE", hypervisor);
     sh::through(&mut cargo).context("the multiboot image does not build")?;
     let built = artefact(HYPERVISOR_TARGET, debug, "galvan-multiboot")?;
-    let multiboot = paths::out().join("galvan");
+    let multiboot = paths::out().join(variant.name());
     std::fs::copy(&built, &multiboot)
         .with_context(|| format!("cannot write {}", multiboot.display()))?;
     // -n: the same bytes from the same sources.

@@ -83,7 +83,11 @@ pub fn boot(args: Args) -> Result<()> {
     let (efi, config_name) = match args.efi {
         Some(efi) => (efi, "BOOTX64.CFG"),
         None => {
-            let built = bare::build(args.debug)?;
+            let built = bare::build(if args.debug {
+                bare::Variant::Debug
+            } else {
+                bare::Variant::Release
+            })?;
             direct = args.multiboot.then(|| qemu::Direct {
                 kernel: built.multiboot,
                 append: options.trim_end().to_owned(),

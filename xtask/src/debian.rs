@@ -102,6 +102,15 @@ impl Archive {
             .with_context(|| format!("{package} depends on no {prefix}..."))
     }
 
+    /// The version of `package`.
+    pub fn version(&self, package: &str) -> Result<String> {
+        let text = sh::output(self.apt("apt-cache").args(["show", package]))?;
+        text.lines()
+            .find_map(|line| line.strip_prefix("Version:"))
+            .map(|version| version.trim().to_owned())
+            .with_context(|| format!("{package} has no version"))
+    }
+
     /// The contents of `package`, unpacked below a directory of the cache; nothing of it is run.
     pub fn unpacked(&self, package: &str) -> Result<PathBuf> {
         let key = Key::new().add(self.suite).add(&self.mirror);
@@ -235,9 +244,19 @@ pub fn busybox(archive: &Archive) -> Result<PathBuf> {
         .context("busybox-static holds no busybox")
 }
 
+/// The package with stock Xen.
+fn stock_xen_package(archive: &Archive) -> Result<String> {
+    archive.first_dependency("xen-system-amd64", "xen-hypervisor-")
+}
+
+/// The version of stock Xen's package.
+pub fn stock_xen_version(archive: &Archive) -> Result<String> {
+    archive.version(&stock_xen_package(archive)?)
+}
+
 /// Stock Xen as a UEFI application, to compare with.
 pub fn stock_xen(archive: &Archive) -> Result<PathBuf> {
-    let package = archive.first_dependency("xen-system-amd64", "xen-hypervisor-")?;
+    let package = stock_xen_package(archive)?;
     let boot = archive.unpacked(&package)?.join("boot");
     for entry in fs::read_dir(&boot)?.flatten() {
         if entry.path().extension().is_some_and(|e| e == "efi") {

@@ -80,6 +80,13 @@ pub fn contents(
     })
 }
 
+/// Has the menu start its entry by multiboot 1 at once, which needs a BIOS.
+pub fn by_multiboot1(contents: &mut Contents) {
+    contents.config = contents
+        .config
+        .replace("set timeout=2\n", "set timeout=0\nset default=1\n");
+}
+
 /// The text of a `grub.cfg` with one entry; on a BIOS's machine a second one, by multiboot 1.
 fn config(options: &str, cmdline: &str, initrd: bool) -> String {
     let entry = |title: &str, suffix: &str| {
@@ -190,6 +197,16 @@ mod tests {
         assert!(text.contains("    multiboot2 /EFI/BOOT/galvan.gz com1=115200,8n1\n    module2 --nounzip /EFI/BOOT/vmlinuz console=hvc0 quiet\n    module2 --nounzip /EFI/BOOT/initrd.img\n}\n"), "{text}");
         assert!(text.contains("    multiboot /EFI/BOOT/galvan.gz com1"));
         assert!(!config("", "", false).contains("initrd"));
+        let mut contents = Contents {
+            efi: "".into(),
+            config: text,
+            config_name: String::new(),
+            kernel: "".into(),
+            initrd: None,
+            more: Vec::new(),
+        };
+        by_multiboot1(&mut contents);
+        assert!(contents.config.contains("\nset timeout=0\nset default=1\n"));
     }
 
     #[test]

@@ -86,7 +86,11 @@ fn perform(task: Task) -> Result<()> {
         Task::Run(args) => run::run(&args),
         Task::Build { debug } => {
             setup::ensure(setup::FOR_BUILD)?;
-            let built = bare::build(debug)?;
+            let built = bare::build(if debug {
+                bare::Variant::Debug
+            } else {
+                bare::Variant::Release
+            })?;
             println!("{}", built.hypervisor.display());
             println!("{}", built.efi.display());
             println!("{}.gz", built.multiboot.display());

@@ -50,7 +50,7 @@ pub struct Args {
 pub struct Hypervisor {
     /// The application.
     pub efi: std::path::PathBuf,
-    /// The multiboot image; stock Xen has one too, but is not booted by it here.
+    /// The multiboot image.
     pub multiboot: Option<std::path::PathBuf>,
     config_name: &'static str,
     more_options: &'static str,
@@ -59,7 +59,16 @@ pub struct Hypervisor {
 impl Hypervisor {
     /// Galvan, built now.
     pub fn galvan() -> Result<Self> {
-        let built = bare::build(false)?;
+        Self::built(bare::Variant::Release)
+    }
+
+    /// Galvan with counters of VMREAD and VMWRITE, built now.
+    pub fn counting_vmcs() -> Result<Self> {
+        Self::built(bare::Variant::CountVmcs)
+    }
+
+    fn built(variant: bare::Variant) -> Result<Self> {
+        let built = bare::build(variant)?;
         Ok(Self {
             efi: built.efi,
             multiboot: Some(built.multiboot),
@@ -70,9 +79,10 @@ impl Hypervisor {
 
     /// Stock Xen, fetched from Debian.
     pub fn stock() -> Result<Self> {
+        let efi = debian::stock_xen(&debian::Archive::open()?)?;
         Ok(Self {
-            efi: debian::stock_xen(&debian::Archive::open()?)?,
-            multiboot: None,
+            multiboot: Some(efi.with_extension("gz")),
+            efi,
             config_name: "BOOTX64.CFG",
             more_options: " dom0=pvh",
         })
@@ -100,7 +110,7 @@ impl Hypervisor {
         }
     }
 
-    /// The same to start it with GRUB.
+    /// The same to start it with GRUB; dom0 is then a PV guest of stock Xen.
     pub fn grub_contents(
         &self,
         options: &str,
@@ -111,7 +121,7 @@ impl Hypervisor {
         let multiboot = self
             .multiboot
             .as_deref()
-            .context("only Galvan is started by GRUB here")?;
+            .context("there is no multiboot image")?;
         crate::grub::contents(multiboot, options, cmdline, kernel, initrd)
     }
 }

@@ -368,7 +368,7 @@ impl Parts {
         };
         let kernel = self.hypervisor.multiboot.clone();
         Ok(Some(qemu::Direct {
-            kernel: kernel.context("only Galvan is started by multiboot here")?,
+            kernel: kernel.context("there is no multiboot image")?,
             append: boot::OPTIONS.to_owned(),
             modules,
         }))

@@ -58,6 +58,7 @@ const PROGRAMS: &[&str] = &[
     "usr/lib/xen-4.20/bin/xen-init-dom0",
     "usr/lib/xen-4.20/bin/xenconsole",
     "usr/lib/xen-4.20/bin/xenconsoled",
+    "usr/lib/xen-4.20/bin/xenperf",
     "usr/lib/xen-4.20/bin/xenstored",
     "usr/lib/xen-4.20/bin/xentop",
     "usr/lib/xen-4.20/bin/xl",

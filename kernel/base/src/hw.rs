@@ -413,6 +413,9 @@ pub struct HwCounts {
     pub hidden_exits: u64,
     /// Flushes of the TLB, and fresh tags taken in their place.
     pub tlb_flushes: u64,
+    /// VMREAD and VMWRITE.
+    #[cfg(feature = "count-vmcs")]
+    pub vmcs: [u64; 2],
 }
 
 /// What a processor does by itself for a local APIC in x2APIC mode.

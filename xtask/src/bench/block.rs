@@ -5,14 +5,15 @@
 //! time (`bench=block` on its command line). The file behind it is in memory, so that no device's time is
 //! in the figure. Nothing is typed: dom0's init runs [`SCRIPT`].
 
+use std::borrow::Borrow;
 use std::time::Duration;
 
 use anyhow::{Result, ensure};
 
 use super::machine::{self, Line};
-use crate::cpio::Cpio;
+use super::{Both, Table};
 use crate::run::Hypervisor;
-use crate::{paths, toolstack};
+use crate::toolstack;
 
 /// Requests in each of the three runs of which the least counts; `small-init` has the same number.
 const REQUESTS: f64 = 1000.0;
@@ -55,16 +56,9 @@ impl Cost {
 /// Boots, and measures.
 pub fn measure(name: &str, hypervisor: &Hypervisor) -> Result<Cost> {
     eprintln!("measuring disk requests on {name}");
-    let dom0 = toolstack::make()?;
-    let mut more = Cpio::new();
-    more.file("root/micro.sh", 0o755, SCRIPT.as_bytes());
-    let mut initrd = std::fs::read(&dom0.initrd)?;
-    initrd.resize(initrd.len().next_multiple_of(4), 0);
-    initrd.extend(more.finish());
-    let path = paths::out().join("bench-block-initrd.img");
-    std::fs::write(&path, initrd)?;
+    let dom0 = machine::ramdisk("block", &[("root/micro.sh", 0o755, SCRIPT.as_bytes())])?;
     let cmdline = format!("{} micro=start", toolstack::CMDLINE);
-    let contents = hypervisor.contents(OPTIONS, &cmdline, &dom0.kernel, Some(&path));
+    let contents = hypervisor.contents(OPTIONS, &cmdline, &dom0.kernel, Some(&dom0.initrd));
     let (mut guest, mut own) = (Vec::new(), Vec::new());
     let line = |line: &str| {
         if let Some(ns) = after(line, "DOM0-BLOCK ") {
@@ -83,6 +77,7 @@ pub fn measure(name: &str, hypervisor: &Hypervisor) -> Result<Cost> {
         &contents,
         2048,
         Duration::from_secs(400),
+        &[],
         line,
     )?;
     ensure!(
@@ -106,31 +101,25 @@ fn after(line: &str, word: &str) -> Option<f64> {
 }
 
 /// What it may cost.
-const TARGET: f64 = 50_000.0;
+const TARGET: u64 = 50_000;
 
-/// The table's line for both, and whether the target is met.
-pub fn row(galvan: &Cost, xen: Option<&Cost>) -> (String, bool) {
-    let good = galvan.beyond() <= TARGET;
-    let verdict = if good { "met" } else { "missed" };
-    let xens = xen.map_or("-".to_owned(), |x| format!("{:.0}", x.beyond()));
-    let ratio = xen.map_or("-".to_owned(), |x| {
-        format!("{:.2}", galvan.beyond() / x.beyond())
-    });
-    let row = format!(
-        "| 4 KiB read from a guest's disk, beyond dom0's own | {:.0} | {xens} | {ratio} | {TARGET:.0} | {verdict} | - | - |\n",
-        galvan.beyond()
-    );
-    (row, good)
+/// The table's line.
+pub fn row<C: Borrow<Cost>>(table: &mut Table, both: &Both<C>) {
+    let figure = |c: &C| c.borrow().beyond().round() as u64;
+    let what = "4 KiB read from a guest's disk, beyond dom0's own";
+    let both = both.each(figure);
+    table.row(what, Some(both.galvan), both.xen, Some(TARGET), &[]);
 }
 
 /// What the line is made of.
-pub fn remark(galvan: &Cost, xen: Option<&Cost>) -> String {
-    let of = |c: &Cost| format!("{:.0} and {:.0}", c.guest, c.dom0);
+pub fn remark(both: &Both<&Cost>) -> String {
+    let of = |c: &&Cost| format!("{:.0} and {:.0}", c.guest, c.dom0);
+    let both = both.each(of);
     format!(
         "- a read by a guest (dom0's backend included) and one by dom0 from the same file in memory: {} on\n  \
          Galvan, {} on Xen\n",
-        of(galvan),
-        xen.map_or("-".to_owned(), of)
+        both.galvan,
+        both.xen.as_deref().unwrap_or("-")
     )
 }
 

@@ -7,7 +7,9 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
-use crate::{bochs, esp, paths, qemu, sh};
+use crate::cpio::Cpio;
+use crate::toolstack::{self, Toolstack};
+use crate::{bochs, esp, image, paths, qemu, sh};
 
 /// Whether a line of the serial port was the last that is wanted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -21,13 +23,14 @@ pub enum Line {
 /// The processor.
 pub const CPU: &str = "qemu64,+svm,+npt";
 
-/// Boots `contents` with one processor and `mem` MiB, and gives every line of the serial port to `line`
+/// Boots `contents` with one processor and `mem` MiB, and `extra` arguments of QEMU, and gives every line of the serial port to `line`
 /// until it has had the last. A machine that says nothing for `silence` is switched off, which is an error.
 pub fn run(
     name: &str,
     contents: &esp::Contents,
     mem: u32,
     silence: Duration,
+    extra: &[String],
     line: impl FnMut(&str) -> Line,
 ) -> Result<()> {
     fs::create_dir_all(paths::out())?;
@@ -41,6 +44,7 @@ pub fn run(
     machine.cpu = Some(CPU.to_owned());
     machine.snapshot = true;
     machine.extra = ["-icount", "shift=0,sleep=off"].map(str::to_owned).into();
+    machine.extra.extend_from_slice(extra);
     let mut child = machine
         .command()?
         .stdin(Stdio::null())
@@ -56,21 +60,57 @@ pub fn run(
     judge(name, &log, ended)
 }
 
+/// What starts a machine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Firmware {
+    /// UEFI.
+    Uefi,
+    /// A BIOS, and GRUB.
+    Bios,
+}
+
 /// The same in Bochs, whose processor has VT-x, and whose clock always counts instructions.
 pub fn run_in_bochs(
     name: &str,
     contents: &esp::Contents,
+    firmware: Firmware,
     silence: Duration,
     line: impl FnMut(&str) -> Line,
 ) -> Result<()> {
     fs::create_dir_all(paths::out())?;
     let image = paths::out().join(format!("bench-{name}.img"));
-    esp::write_image(&image, contents)?;
-    let running = bochs::Machine::new(&image).start(Stdio::null())?;
+    let mut machine = bochs::Machine::new(&image);
+    match firmware {
+        Firmware::Uefi => esp::write_image(&image, contents)?,
+        Firmware::Bios => {
+            image::write_small_grub(&image, contents)?;
+            machine.bios = true;
+        }
+    }
+    let running = machine.start(Stdio::null())?;
     let (log, ended) = listen(running.serial()?, silence, line);
     drop(running);
     let _ = fs::remove_file(&image);
     judge(name, &log, ended)
+}
+
+/// dom0 as a ramdisk with the toolstack, and `files` (path, mode, contents) in it.
+pub fn ramdisk(name: &str, files: &[(&str, u32, &[u8])]) -> Result<Toolstack> {
+    let dom0 = toolstack::make()?;
+    let mut more = Cpio::new();
+    for (path, mode, data) in files {
+        more.file(path, *mode, data);
+    }
+    let mut initrd = fs::read(&dom0.initrd)?;
+    initrd.resize(initrd.len().next_multiple_of(4), 0);
+    initrd.extend(more.finish());
+    let path = paths::out().join(format!("bench-{name}-initrd.img"));
+    fs::create_dir_all(paths::out())?;
+    fs::write(&path, initrd)?;
+    Ok(Toolstack {
+        initrd: path,
+        ..dom0
+    })
 }
 
 /// Takes in the serial port: all it said, and whether the last line came.

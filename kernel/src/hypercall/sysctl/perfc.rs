@@ -13,6 +13,10 @@ const NAMES: [(Counter, &str); Counter::ALL.len()] = [
     (Counter::Exits, "exits"),
     (Counter::HiddenExits, "exits within the vendor's part"),
     (Counter::TlbFlushes, "TLB flushes and fresh ASIDs"),
+    #[cfg(feature = "count-vmcs")]
+    (Counter::VmReads, "VMREADs"),
+    #[cfg(feature = "count-vmcs")]
+    (Counter::VmWrites, "VMWRITEs"),
 ];
 
 /// Reads all counters, or sets them to zero.
