@@ -195,6 +195,12 @@ impl Vlapic {
         }
     }
 
+    /// Whether no interrupt waits and none is in service.
+    #[inline]
+    pub fn is_idle(&self) -> bool {
+        self.irrv == 0 && self.isrv == 0
+    }
+
     /// The class (the upper half of the vector) of the highest interrupt that waits, if the task priority
     /// (CR8) holds it back, whatever else may.
     #[inline]

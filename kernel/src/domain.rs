@@ -11,8 +11,9 @@ use alloc::boxed::Box;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
+use galvan_base::sync::atomic::AtomicU32;
 use galvan_base::{Gfn, Mfn};
 use galvan_base::sync::{RankedLock, RankedRwLock, rank};
 use galvan_dom0_proto::errno::Errno;

@@ -6,22 +6,28 @@
 //! failure names the schedule by which `shuttle::replay` repeats it.
 
 use core::sync::atomic::Ordering;
+use std::boxed::Box;
 use std::env;
 
-use galvan_base::hw::PagingMode;
+use galvan_base::hw::{PagingMode, VirtualApic};
 use galvan_base::sync::step;
+use galvan_base::testing::FakeMachine;
 use galvan_base::{Gfn, Gpa};
-use shuttle::scheduler::RandomScheduler;
+use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, Runner, thread};
 
 use crate::guest_access::Access;
 use crate::mm::{FrameUse, Owner, PageRef};
 use crate::p2m::{Budget, Want};
-use crate::testing::World;
+use crate::testing::{World, config};
 use crate::walk_cache::{Query, Trail, WalkCache};
 
-/// Runs a model in so many random orders. `GALVAN_SHUTTLE` has a factor for the number, and another
-/// seed with it.
+/// Changes from one thread to another in the second kind of [`explore`].
+const CHANGES: usize = 3;
+
+/// Runs a model in so many orders of each of two kinds: all steps at random, and few changes from one thread
+/// to another, at random places, which finds what needs a thread to stand still for long. `GALVAN_SHUTTLE` has a
+/// factor for the number, and another seed with it.
 pub(crate) fn explore(times: usize, model: fn()) {
     let factor: usize = match env::var("GALVAN_SHUTTLE") {
         Ok(n) => n.parse().expect("GALVAN_SHUTTLE is a number"),
@@ -31,6 +37,8 @@ pub(crate) fn explore(times: usize, model: fn()) {
     // A machine is made on it, in a debug build; what is not touched takes no memory.
     config.stack_size = 16 << 20;
     let orders = RandomScheduler::new_from_seed(factor as u64, times * factor);
+    Runner::new(orders, config.clone()).run(model);
+    let orders = PctScheduler::new_from_seed(factor as u64, CHANGES, times * factor);
     Runner::new(orders, config).run(model);
 }
 
@@ -114,8 +122,8 @@ fn a_remembered_walk_leads_to_no_page_that_has_gone() {
                         }
                     }
                     if n % 2 == 1 {
-                        cache.with(w.hv.hw, p2m, &q, |mfn, _| {
-                            let usage = w.hv.frames.usage(mfn);
+                        cache.with(w.hv.hw, p2m, &q, |page, _| {
+                            let usage = w.hv.frames.usage(page.mfn());
                             assert_eq!(usage, FrameUse::Owned(Owner::Guest(1)));
                         });
                     }
@@ -173,5 +181,42 @@ fn a_mapping_of_a_foreign_page_outlives_its_domain() {
             free + back,
             "all of d1's came back"
         );
+    });
+}
+
+/// Two CPUs post to a vCPU that enters and leaves its guest. Its processor is never told, so that what was
+/// posted to that has to be found by leaving, or by not entering. (Without the second look at whether the
+/// vCPU is still in its guest this finds an interrupt that is lost.)
+#[test]
+fn no_interrupt_posted_to_a_vcpu_that_comes_and_goes_is_lost() {
+    explore(2000, || {
+        let machine = FakeMachine::new(6).with_virtual_apic(VirtualApic::Delivers);
+        let w = World::on(Box::leak(Box::new(machine)), 2, |d| config(d == 0, 1));
+        let v = w.vcpu(1, 0).clone();
+        let take = || {
+            let mut seen = [0; 4];
+            v.posted_any.swap(0, Ordering::SeqCst);
+            for (n, word) in v.take_direct().into_iter().enumerate() {
+                seen[n] |= word | v.posted[n].swap(0, Ordering::SeqCst);
+            }
+            seen[1]
+        };
+        let seen = thread::scope(|s| {
+            for vector in [0x41, 0x42] {
+                let (v, hv) = (&v, w.hv);
+                s.spawn(move || v.post_vector(hv, vector, false));
+            }
+            let vcpu = s.spawn(|| {
+                let seen = if v.has_posted() { take() } else { 0 };
+                if v.open_posting() {
+                    step();
+                    v.close_posting();
+                }
+                seen
+            });
+            vcpu.join().unwrap()
+        });
+        let rest = if v.has_posted() { take() } else { 0 };
+        assert_eq!(seen | rest, 0b110, "lost");
     });
 }

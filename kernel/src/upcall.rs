@@ -103,6 +103,17 @@ fn window(lapic: &Vlapic) -> Window {
 /// Lends interrupts to the processor. With those in service it has the task priority, and does not exit for
 /// it (Intel SDM "TPR Virtualization"): not while that holds back one that is to be injected.
 fn lend(st: &mut VcpuState, delivers: bool) {
+    const NONE: &Lent = &Lent {
+        waiting: [0; 4],
+        in_service: [0; 4],
+        exits: [0; 4],
+    };
+    if delivers && st.lapic.is_idle() {
+        st.hw.set_interrupt_window(Window::Closed);
+        st.lent = VirtualApic::Delivers;
+        st.hw.lend_interrupts(Some(NONE));
+        return;
+    }
     let (in_service, ends) = st.lapic.in_service();
     let lent = if delivers {
         let (waiting, exits) = st.lapic.waiting();
@@ -134,14 +145,14 @@ fn lend(st: &mut VcpuState, delivers: bool) {
 /// anew before the next entry.
 #[inline]
 pub fn take_back(st: &mut VcpuState) {
-    if st.lent != VirtualApic::None {
+    if st.lent != VirtualApic::None && !(st.lapic.is_idle() && st.hw.lent_is_empty()) {
         let (waiting, in_service) = st.hw.lent_interrupts();
         if st.lent == VirtualApic::Delivers {
             st.lapic.set_waiting(waiting, in_service);
         }
         st.lapic.set_in_service(in_service);
-        st.lent = VirtualApic::None;
     }
+    st.lent = VirtualApic::None;
 }
 
 /// Whether a halted vCPU can still be woken by an ordinary interrupt.

@@ -13,10 +13,10 @@ use alloc::boxed::Box;
 use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::fmt;
-use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use galvan_base::hw::{HwVcpu, Posting, VcpuConfig, VirtualApic};
 use galvan_base::state::{ArchState, Gprs};
+use galvan_base::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use galvan_base::sync::{RankedLock, rank};
 use galvan_base::{Mfn, PAGE_SIZE};
 use galvan_devices::vlapic::{self, Vlapic};

@@ -1381,6 +1381,16 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         (waiting, in_service)
     }
 
+    /// The processor keeps the highest of both kinds beside the VMCS's page.
+    fn lent_is_empty(&self) -> bool {
+        let empty =
+            self.on.is_some() && self.vmx.cpu.vmread(field::INTERRUPT_STATUS) & 0xffff == 0;
+        if empty {
+            self.vmcs.note(true);
+        }
+        empty
+    }
+
     fn posting(&self) -> Option<Arc<dyn Posting>> {
         let d: Arc<dyn Posting> = self.posted.clone()?;
         Some(d)

@@ -608,6 +608,10 @@ pub trait HwVcpu: Send + Debug {
     fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {
         Default::default()
     }
+    /// Whether it is certain, and quickly found, that nothing waits or is in service there.
+    fn lent_is_empty(&self) -> bool {
+        false
+    }
     /// Where interrupts can be posted while it is in its guest with interrupts lent, if that is possible.
     fn posting(&self) -> Option<Arc<dyn Posting>> {
         None

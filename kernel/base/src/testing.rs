@@ -937,14 +937,19 @@ pub struct FakePosting {
 
 impl Posting for FakePosting {
     fn post(&self, vector: u8) -> bool {
+        crate::sync::step();
         self.vectors[usize::from(vector >> 6)].fetch_or(1 << (vector & 63), Ordering::SeqCst);
+        crate::sync::step();
         !self.told.swap(true, Ordering::SeqCst)
     }
     fn any(&self) -> bool {
+        crate::sync::step();
         self.told.load(Ordering::SeqCst)
     }
     fn take(&self) -> [u64; 4] {
+        crate::sync::step();
         self.told.store(false, Ordering::SeqCst);
+        crate::sync::step();
         core::array::from_fn(|n| self.vectors[n].swap(0, Ordering::SeqCst))
     }
 }

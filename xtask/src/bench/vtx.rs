@@ -86,7 +86,8 @@ pub fn bench(args: &Args, guest: &Path) -> Result<()> {
 /// What the micro-guest measures as dom0 of Galvan.
 fn as_dom0(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measured> {
     let step = sh::Step::start(format!("{name}: the micro-guest as dom0, in Bochs"));
-    let contents = hypervisor.contents(super::OPTIONS, "", guest, None);
+    let options = bochs::options(super::OPTIONS);
+    let contents = hypervisor.contents(&options, "", guest, None);
     let mut measured = Measured::default();
     machine::run_in_bochs(
         name,
@@ -115,7 +116,7 @@ fn as_guest(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measure
     )?;
     let cmdline = format!("{} micro=start", toolstack::CMDLINE);
     let mut contents = hypervisor.grub_contents(
-        toolstack::OPTIONS,
+        &bochs::options(toolstack::OPTIONS),
         &cmdline,
         &dom0.kernel,
         Some(&dom0.initrd),
