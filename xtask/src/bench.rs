@@ -397,7 +397,7 @@ fn entry(m: &Measured) -> String {
 mod tests {
     use super::*;
 
-    fn measured(lines: &[&str]) -> Measured {
+    pub(super) fn measured(lines: &[&str]) -> Measured {
         let mut m = Measured::default();
         for line in lines {
             m.line(line);

@@ -194,14 +194,7 @@ fn remarks(galvan: &Measured, xen: Option<&Measured>) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn measured(lines: &[&str]) -> Measured {
-        let mut m = Measured::default();
-        for line in lines {
-            m.line(line);
-        }
-        m
-    }
+    use crate::bench::tests::measured;
 
     #[test]
     fn guests_are_compared_and_dom0_says_what_was_counted() {

@@ -751,18 +751,31 @@ fn channels(v: &mut Verdict) {
     }
 }
 
-/// Events to itself, faster than anybody can want.
-fn storm(v: &mut Verdict) {
+/// A channel to itself with an upcall for each event, where there is an x2APIC.
+fn ipi_channel(v: &mut Verdict) -> Option<u32> {
     if !events::enable_x2apic() {
-        println!("ABUSE storm: no x2APIC");
-        return;
+        println!("ABUSE {}: no x2APIC", v.name);
+        return None;
     }
     v.is(events::set_up(), 0, "upcalls");
-    let Ok(port) = events::bind_ipi() else {
-        v.check(false, "no IPI channel", 0);
-        return;
-    };
-    events::set_masked(port, false);
+    let port = events::bind_ipi();
+    v.check(port.is_ok(), "no IPI channel", 0);
+    events::set_masked(port.ok()?, false);
+    port.ok()
+}
+
+fn close(v: &mut Verdict, port: u32) {
+    let mut p = ec::EvtchnPort { port };
+    v.is(
+        op(nr::HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_CLOSE, &mut p),
+        0,
+        "closed",
+    );
+}
+
+/// Events to itself, faster than anybody can want.
+fn storm(v: &mut Verdict) {
+    let Some(port) = ipi_channel(v) else { return };
     cpu::interrupts_on();
     let before = events::UPCALLS.load(core::sync::atomic::Ordering::Relaxed);
     for _ in 0..20_000 {
@@ -772,27 +785,13 @@ fn storm(v: &mut Verdict) {
     let taken = events::UPCALLS.load(core::sync::atomic::Ordering::Relaxed) - before;
     println!("ABUSE {taken} upcalls of 20000 events");
     v.check(taken > 0, "no upcall", taken as i64);
-    let mut p = ec::EvtchnPort { port };
-    v.is(
-        op(nr::HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_CLOSE, &mut p),
-        0,
-        "closed",
-    );
+    close(v, port);
 }
 
 /// An interrupt that the task priority holds back comes when the guest lowers that. Says whether it came
 /// at once, or only when there was another reason to leave the guest.
 fn priority(v: &mut Verdict) {
-    if !events::enable_x2apic() {
-        println!("ABUSE priority: no x2APIC");
-        return;
-    }
-    v.is(events::set_up(), 0, "upcalls");
-    let Ok(port) = events::bind_ipi() else {
-        v.check(false, "no IPI channel", 0);
-        return;
-    };
-    events::set_masked(port, false);
+    let Some(port) = ipi_channel(v) else { return };
     let taken = || events::UPCALLS.load(core::sync::atomic::Ordering::Relaxed);
     // Far less than a turn of the scheduler, or than the time between two ticks of anything.
     let wait = || {
@@ -825,12 +824,7 @@ fn priority(v: &mut Verdict) {
     }
     println!("ABUSE priority: {}", if at_once { "at once" } else { "with the next exit" });
     attempt!("mov cr8, {x}"; x = in(reg) 0u64);
-    let mut p = ec::EvtchnPort { port };
-    v.is(
-        op(nr::HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_CLOSE, &mut p),
-        0,
-        "closed",
-    );
+    close(v, port);
 }
 
 /// Timers in the past, in the far future, and out of all sense.
