@@ -28,6 +28,7 @@
 //! so a VPID can be a number modulo 2^16.
 
 use alloc::sync::Arc;
+use core::cell::Cell;
 use core::fmt;
 use core::sync::atomic::Ordering::Relaxed;
 
@@ -117,6 +118,8 @@ pub struct Vcpu<C: Cpu = Real> {
     virtual_eoi: bool,
     /// Where others post interrupts, if the processor takes them in by itself.
     posted: Option<Arc<Descriptor>>,
+    /// IRR and ISR of the virtual-APIC page, while that is noted in `vmcs`.
+    page: Cell<([u64; 4], [u64; 4])>,
     /// The vectors whose EOI exits then.
     eoi_exits: [u64; 4],
     /// The CPU on which it is loaded.
@@ -167,6 +170,7 @@ impl<C: Cpu> Vcpu<C> {
             host_rsp: 0,
             apic: Pages::new(vmx.host)?,
             virtual_eoi: false,
+            page: Cell::default(),
             posted: if vmx.caps.features.contains(Features::POSTED) {
                 Some(Arc::new(Descriptor::new(vmx.host)?))
             } else {
@@ -263,20 +267,34 @@ impl<C: Cpu> Vcpu<C> {
         self.eoi_exits = vectors;
     }
 
-    /// Writes a bitmap of vectors to the virtual-APIC page, and gives the highest, 0 for none.
-    fn write_vectors(&self, at: usize, vectors: [u64; 4]) -> u64 {
-        let mut highest = 0;
-        for (n, word) in (0..).zip(vectors) {
+    /// Writes a bitmap of vectors to the virtual-APIC page, where it is this one now.
+    fn write_vectors(&self, at: usize, now: [u64; 4], vectors: [u64; 4]) {
+        for (n, (now, word)) in now.into_iter().zip(vectors).enumerate() {
+            if now == word {
+                continue;
+            }
             for (half, bits) in [(0, word & 0xffff_ffff), (1, word >> 32)] {
                 if let Some(w) = self.apic.get(at + (2 * n + half) * 2) {
                     w.store(bits, Relaxed);
                 }
             }
-            if word != 0 {
-                highest = n as u64 * 64 + u64::from(63 - word.leading_zeros());
-            }
         }
-        highest
+    }
+
+    /// Finds out what the page has. Beside it the processor keeps the highest of both kinds, 0 for none, so
+    /// that it mostly need not be read.
+    fn read_page(&self) {
+        let status = match self.on {
+            Some(_) => self.vmx.cpu.vmread(field::INTERRUPT_STATUS),
+            None => u64::MAX,
+        };
+        let read = |highest: u64, at| match highest & 0xff {
+            0 => [0; 4],
+            _ => self.read_vectors(at),
+        };
+        self.page
+            .set((read(status, IRR_WORD), read(status >> 8, ISR_WORD)));
+        self.vmcs.note();
     }
 
     /// Reads one.
@@ -337,6 +355,9 @@ impl<C: Cpu> Vcpu<C> {
         }
         if caps.features.contains(Features::VPID) {
             c.vmwrite(field::VPID, self.vpid());
+        }
+        if caps.virtual_eoi() != 0 {
+            c.vmwrite(field::INTERRUPT_STATUS, 0);
         }
         if let Some(d) = &self.posted {
             let vector = self.vmx.host.posted_vector();
@@ -1359,36 +1380,27 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         if lent.exits != self.eoi_exits {
             self.write_eoi_exits(lent.exits);
         }
-        let none = lent.waiting == [0; 4] && lent.in_service == [0; 4];
-        // By far the most often it is empty, and was when it was read.
-        if none && self.vmcs.noted() {
-            self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, 0);
-            return;
+        let (waiting, in_service) = self.lent_interrupts();
+        if (waiting, in_service) != (lent.waiting, lent.in_service) {
+            self.write_vectors(IRR_WORD, waiting, lent.waiting);
+            self.write_vectors(ISR_WORD, in_service, lent.in_service);
+            self.page.set((lent.waiting, lent.in_service));
+            let status = highest(lent.in_service) << 8 | highest(lent.waiting);
+            self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status);
         }
-        let in_service = self.write_vectors(ISR_WORD, lent.in_service);
-        let waiting = self.write_vectors(IRR_WORD, lent.waiting);
-        self.vmcs.note(none);
-        let status = in_service << 8 | waiting;
-        self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status);
     }
 
+    #[inline]
     fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {
-        if self.vmcs.noted() {
-            return ([0; 4], [0; 4]);
+        if !self.vmcs.noted() {
+            self.read_page();
         }
-        let (waiting, in_service) = (self.read_vectors(IRR_WORD), self.read_vectors(ISR_WORD));
-        self.vmcs.note(waiting == [0; 4] && in_service == [0; 4]);
-        (waiting, in_service)
+        self.page.get()
     }
 
-    /// The processor keeps the highest of both kinds beside the VMCS's page.
+    #[inline]
     fn lent_is_empty(&self) -> bool {
-        let empty =
-            self.on.is_some() && self.vmx.cpu.vmread(field::INTERRUPT_STATUS) & 0xffff == 0;
-        if empty {
-            self.vmcs.note(true);
-        }
-        empty
+        self.lent_interrupts() == ([0; 4], [0; 4])
     }
 
     fn posting(&self) -> Option<Arc<dyn Posting>> {
@@ -1439,6 +1451,12 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.fpu.set(buf);
         self.fpu_changed = true;
     }
+}
+
+/// The highest of a bitmap of vectors, 0 for none.
+fn highest(vectors: [u64; 4]) -> u64 {
+    let word = (0..).zip(vectors).filter(|(_, w)| *w != 0).last();
+    word.map_or(0, |(n, w)| n * 64 + u64::from(63 - w.leading_zeros()))
 }
 
 impl<C: Cpu> Drop for Vcpu<C> {

@@ -381,13 +381,12 @@ impl GuestVmcs {
         }
     }
 
-    /// Notes whether the virtual-APIC page is without interrupts, until the guest runs.
-    pub fn note(&self, empty: bool) {
-        let known = self.known.get() & !NOTE;
-        self.known.set(known | if empty { NOTE } else { 0 });
+    /// Notes that the owner knows what the virtual-APIC page has, until the guest runs.
+    pub fn note(&self) {
+        self.known.set(self.known.get() | NOTE);
     }
 
-    /// Whether it is noted to be.
+    /// Whether that is noted.
     pub fn noted(&self) -> bool {
         self.known.get() & NOTE != 0
     }
