@@ -120,6 +120,8 @@ pub struct Vcpu<C: Cpu = Real> {
     posted: Option<Arc<Descriptor>>,
     /// IRR and ISR of the virtual-APIC page, while that is noted in `vmcs`.
     page: Cell<([u64; 4], [u64; 4])>,
+    /// They are empty, whatever `page` says, while that is noted.
+    page_empty: Cell<bool>,
     /// The vectors whose EOI exits then.
     eoi_exits: [u64; 4],
     /// The CPU on which it is loaded.
@@ -171,6 +173,7 @@ impl<C: Cpu> Vcpu<C> {
             apic: Pages::new(vmx.host)?,
             virtual_eoi: false,
             page: Cell::default(),
+            page_empty: Cell::default(),
             posted: if vmx.caps.features.contains(Features::POSTED) {
                 Some(Arc::new(Descriptor::new(vmx.host)?))
             } else {
@@ -288,13 +291,17 @@ impl<C: Cpu> Vcpu<C> {
             Some(_) => self.vmx.cpu.vmread(field::INTERRUPT_STATUS),
             None => u64::MAX,
         };
+        self.vmcs.note();
+        self.page_empty.set(status & 0xffff == 0);
+        if self.page_empty.get() {
+            return;
+        }
         let read = |highest: u64, at| match highest & 0xff {
             0 => [0; 4],
             _ => self.read_vectors(at),
         };
         self.page
             .set((read(status, IRR_WORD), read(status >> 8, ISR_WORD)));
-        self.vmcs.note();
     }
 
     /// Reads one.
@@ -1380,11 +1387,17 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         if lent.exits != self.eoi_exits {
             self.write_eoi_exits(lent.exits);
         }
+        let all = lent.waiting.into_iter().chain(lent.in_service);
+        let none = all.fold(0, |all, word| all | word) == 0;
+        if none && self.lent_is_empty() {
+            return;
+        }
         let (waiting, in_service) = self.lent_interrupts();
         if (waiting, in_service) != (lent.waiting, lent.in_service) {
             self.write_vectors(IRR_WORD, waiting, lent.waiting);
             self.write_vectors(ISR_WORD, in_service, lent.in_service);
             self.page.set((lent.waiting, lent.in_service));
+            self.page_empty.set(none);
             let status = highest(lent.in_service) << 8 | highest(lent.waiting);
             self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status);
         }
@@ -1395,12 +1408,19 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         if !self.vmcs.noted() {
             self.read_page();
         }
-        self.page.get()
+        if self.page_empty.get() {
+            Default::default()
+        } else {
+            self.page.get()
+        }
     }
 
     #[inline]
     fn lent_is_empty(&self) -> bool {
-        self.lent_interrupts() == ([0; 4], [0; 4])
+        if !self.vmcs.noted() {
+            self.read_page();
+        }
+        self.page_empty.get()
     }
 
     fn posting(&self) -> Option<Arc<dyn Posting>> {
