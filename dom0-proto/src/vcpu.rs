@@ -172,6 +172,14 @@ abi_structs! {
 }
 
 impl VcpuHvmContext {
+    /// Sets the registers as those of 64-bit mode.
+    pub fn set_x86_64(&mut self, r: &VcpuHvmX86_64) {
+        let regs: [u8; 112] = zerocopy::transmute!(*r);
+        for (to, from) in self.cpu_regs.iter_mut().zip(regs) {
+            *to = from;
+        }
+    }
+
     /// The registers as those of 32-bit mode.
     #[must_use]
     pub fn x86_32(&self) -> VcpuHvmX86_32 {

@@ -23,7 +23,7 @@ use crate::{bare, debian, paths, qemu, setup, sh};
 
 /// Options of both hypervisors.
 const OPTIONS: &str =
-    "com1=115200,8n1 console=com1 dom0_mem=256M dom0_max_vcpus=1 loglvl=warning guest_loglvl=all";
+    "com1=115200,8n1 console=com1 dom0_mem=256M dom0_max_vcpus=2 loglvl=warning guest_loglvl=all";
 /// A machine that has not said the last line after so many seconds will not.
 const LIMIT: Duration = Duration::from_secs(900);
 const MEMORY: u32 = 2048;
@@ -68,6 +68,7 @@ const OPERATIONS: &[Operation] = &[
     op("mmio-hole", "MMIO read of a hole", 2500),
     op("xapic-read", "xAPIC register read by MMIO", 2000),
     op("xapic-eoi", "xAPIC EOI by MMIO", 2000),
+    op("vcpu-switch", "one vCPU gives the CPU to another (SCHEDOP_yield)", 0),
 ];
 
 /// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.
@@ -82,8 +83,11 @@ pub struct Args {
     /// Only the ways to dom0 and to a guest, counted from outside; nothing is written.
     #[arg(long, conflicts_with = "only_block")]
     only_ways: bool,
-    /// On VT-x, in Bochs: there the guest is one of `xl` on both, and dom0 on Galvan as well.
+    /// Only the operations, in a minute; nothing is written.
     #[arg(long, conflicts_with_all = ["only_ways", "only_block"])]
+    only_operations: bool,
+    /// On VT-x, in Bochs: there the guest is one of `xl` on both, and dom0 on Galvan as well.
+    #[arg(long, conflicts_with_all = ["only_ways", "only_block", "only_operations"])]
     vtx: bool,
     /// Where the table goes.
     #[arg(long)]
@@ -174,7 +178,12 @@ pub fn bench(args: &Args) -> Result<()> {
         })?;
         counter::rows(&mut whole, &ways);
     }
-    if args.only_block || args.only_ways {
+    if args.only_operations {
+        let operations = both(args, |name, hypervisor| measure(name, hypervisor, &guest))?;
+        let (galvan, xen) = (&operations.galvan, operations.xen.as_ref());
+        whole.operations(galvan, xen, &galvan.counts);
+    }
+    if args.only_block || args.only_ways || args.only_operations {
         println!("{}", whole.text);
         return Ok(());
     }
@@ -200,8 +209,8 @@ pub fn bench(args: &Args) -> Result<()> {
     let text = format!(
         "# What operations cost\n\n\
          Instructions per operation, guest and hypervisor together: the least of many runs of the\n\
-         micro-guest `tests/guests/src/bin/bench.rs` as dom0 with one vCPU. Made by `cargo xtask bench`;\n\
-         the clock counts instructions, so that another run gives the same numbers.\n\n\
+         micro-guest `tests/guests/src/bin/bench.rs` as dom0; its second vCPU is down but for the last. Made by\n\
+         `cargo xtask bench`; the clock counts instructions, so that another run gives the same numbers.\n\n\
          - {}, {}\n\
          - {}: `-accel tcg -icount shift=0,sleep=off -cpu {CPU} -smp 1 -m {MEMORY}`, AMD-Vi\n\
          - that processor has no NRIP save: the length of every instruction that exits is decoded\n\

@@ -25,6 +25,7 @@ type="pvh"
 name="bench"
 kernel="/root/bench"
 memory=32
+vcpus=2
 tsc_mode="native"
 on_poweroff="destroy"
 on_reboot="destroy"
@@ -63,7 +64,8 @@ pub fn bench(args: &Args, guest: &Path) -> Result<()> {
     let text = format!(
         "# What operations cost on VT-x\n\n\
          Instructions per operation, guest and hypervisor together: the least of many runs of the\n\
-         micro-guest `tests/guests/src/bin/bench.rs` with one vCPU. Made by `cargo xtask bench --vtx`.\n\n\
+         micro-guest `tests/guests/src/bin/bench.rs`, whose second vCPU is down but for the last. Made by\n\
+         `cargo xtask bench --vtx`.\n\n\
          - {}, {}\n\
          - Bochs, `{}`, which counts an instruction as a tick, with one processor\n\
          - Galvan and Xen: as a PVH guest that Debian's `xl` creates in dom0 (PVH on Galvan, PV on Xen), by BIOS and\n\

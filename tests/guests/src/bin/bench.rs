@@ -15,6 +15,8 @@
 #![no_std]
 #![no_main]
 
+use core::arch::global_asm;
+use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 
 use galvan_dom0_proto::grant_table as gt;
@@ -25,14 +27,19 @@ use galvan_dom0_proto::memory::{
     XENMAPSPACE_GRANT_TABLE, XENMEM_ADD_TO_PHYSMAP, XENMEM_DECREASE_RESERVATION,
     XENMEM_POPULATE_PHYSMAP, XenAddToPhysmap, XenMemoryReservation,
 };
-use galvan_dom0_proto::vcpu::{VCPUOP_SET_SINGLESHOT_TIMER, VcpuSetSingleshotTimer};
+use galvan_dom0_proto::sched::SCHEDOP_YIELD;
+use galvan_dom0_proto::vcpu::{
+    VCPU_HVM_MODE_64B, VCPUOP_INITIALISE, VCPUOP_SET_SINGLESHOT_TIMER, VCPUOP_UP, VcpuHvmContext,
+    VcpuHvmX86_64, VcpuSetSingleshotTimer,
+};
 use galvan_dom0_proto::sysctl::{
     XEN_SYSCTL_INTERFACE_VERSION, XEN_SYSCTL_PERFC_OP, XEN_SYSCTL_PERFCOP_QUERY, XenSysctl,
     XenSysctlPerfcOp,
 };
 use galvan_dom0_proto::xen::{
     HYPERVISOR_GRANT_TABLE_OP, HYPERVISOR_HVM_OP,
-    HYPERVISOR_MEMORY_OP, HYPERVISOR_MULTICALL, HYPERVISOR_SYSCTL, HYPERVISOR_VCPU_OP, HYPERVISOR_XEN_VERSION,
+    HYPERVISOR_MEMORY_OP, HYPERVISOR_MULTICALL, HYPERVISOR_SCHED_OP, HYPERVISOR_SYSCTL, HYPERVISOR_VCPU_OP,
+    HYPERVISOR_XEN_VERSION,
     MulticallEntry, VIRQ_TIMER,
 };
 use galvan_dom0_proto::{DomId, GntStatus, GuestHandle};
@@ -236,6 +243,7 @@ fn guest_main(start: &'static HvmStartInfo) {
     }
     grants(&b);
     memory(&b);
+    switches(&b);
     println!("BENCH-END");
 }
 
@@ -548,5 +556,90 @@ fn memory(b: &Bench) {
     b.run("balloon", || {
         reservation(XENMEM_DECREASE_RESERVATION, gfn);
         reservation(XENMEM_POPULATE_PHYSMAP, gfn);
+    });
+}
+
+/// The turns that the second vCPU has had.
+static TURNS: AtomicU64 = AtomicU64::new(0);
+
+global_asm!(
+    r#"
+    .pushsection .text.second, "ax", @progbits
+    .balign 16
+    .globl bench_second
+bench_second:
+    inc qword ptr [rip + {turns}]
+    mov eax, {sched_op}
+    mov edi, {yield}
+    xor esi, esi
+    call rbx
+    jmp bench_second
+    .popsection
+    "#,
+    turns = sym TURNS,
+    sched_op = const HYPERVISOR_SCHED_OP,
+    yield = const SCHEDOP_YIELD,
+);
+
+unsafe extern "C" {
+    static bench_second: u8;
+}
+
+static SECOND_STACK: Page = Page::new();
+
+fn control(register: u8) -> u64 {
+    let v: u64;
+    // SAFETY: reads a register.
+    unsafe {
+        match register {
+            0 => core::arch::asm!("mov {}, cr0", out(reg) v),
+            3 => core::arch::asm!("mov {}, cr3", out(reg) v),
+            _ => core::arch::asm!("mov {}, cr4", out(reg) v),
+        }
+    }
+    v
+}
+
+/// Two vCPUs on one CPU hand it to each other: one such turn, from a call that gives it up to the other's
+/// return from the same call. The second vCPU does nothing else, for ever, so that this comes last.
+fn switches(b: &Bench) {
+    if !b.wants("vcpu-switch") {
+        return;
+    }
+    let mut c = VcpuHvmContext::new_zeroed();
+    c.mode = VCPU_HVM_MODE_64B;
+    let mut r = VcpuHvmX86_64::new_zeroed();
+    r.rip = &raw const bench_second as u64;
+    r.rsp = SECOND_STACK.gfn() * 4096 + 4096;
+    r.rbx = galvan_guests::hypercall::page() + u64::from(HYPERVISOR_SCHED_OP) * 32;
+    r.rflags = 2;
+    (r.cr0, r.cr3, r.cr4, r.efer) = (control(0), control(3), control(4), cpu::rdmsr(0xc000_0080));
+    c.set_x86_64(&r);
+    let vcpu_op = |cmd: u32, arg: u64| call(HYPERVISOR_VCPU_OP, [cmd.into(), 1, arg, 0, 0]);
+    let made = vcpu_op(VCPUOP_INITIALISE, &raw const c as u64);
+    let up = vcpu_op(VCPUOP_UP, 0);
+    if (made, up) != (0, 0) {
+        return failed("vcpu-switch", made * 1000 + up);
+    }
+    let yield_once = || call(HYPERVISOR_SCHED_OP, [SCHEDOP_YIELD.into(), 0, 0, 0, 0]);
+    let mut least = u64::MAX;
+    for _ in 0..b.runs(RUNS) {
+        let before = TURNS.load(Relaxed);
+        let a = cpu::rdtsc();
+        yield_once();
+        let z = cpu::rdtsc();
+        // There and back, and the other has had one turn of one call: anything else has been no exchange.
+        if TURNS.load(Relaxed) == before + 1 {
+            least = least.min((z - a - b.nothing) / 2);
+        }
+    }
+    if least == u64::MAX {
+        return failed("vcpu-switch", 0);
+    }
+    println!("BENCH vcpu-switch {least}");
+    Counts::print("vcpu-switch", || {
+        for _ in 0..Counts::AT_ONCE / 2 {
+            yield_once();
+        }
     });
 }
