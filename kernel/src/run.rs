@@ -43,14 +43,15 @@ pub fn cpu_loop(hv: Hv) -> ! {
 /// work.
 pub fn run_once(hv: Hv) {
     let cpu = hv.hw.cpu();
-    hv.timers.expire(hv, cpu);
     if let Some(key) = hv.input.take_key() {
         crate::hypercall::sysctl::press(hv, key);
     }
-    match hv.sched.pick(hv, cpu) {
+    let now = hv.hw.now_ns();
+    hv.timers.expire(hv, cpu, Some(now));
+    match hv.sched.pick(hv, cpu, now) {
         Some(v) => {
             if let Some(d) = v.domain() {
-                run_vcpu(hv, &d, &v);
+                run_vcpu(hv, &d, &v, now);
             }
             hv.sched.put_back(hv, cpu, v);
         }
@@ -71,8 +72,8 @@ pub fn run_once(hv: Hv) {
     }
 }
 
-/// Runs one vCPU on this CPU until it blocks, is stopped, or its turn is over.
-fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
+/// Runs one vCPU on this CPU from `now` on, until it blocks, is stopped, or its turn is over.
+fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
     let cpu = hv.hw.cpu();
     let Some(me) = hv.cpus.get(cpu.0 as usize) else {
         return;
@@ -82,25 +83,20 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>) {
     let mut guard = v.state();
     hv.timers.cancel(v);
     guard.hw.load();
-    crate::time::scheduled_in(&mut Cx {
-        hv,
-        dom: d,
-        vcpu: v,
-        st: &mut guard,
-    });
     let mut cx = Cx {
         hv,
         dom: d,
         vcpu: v,
         st: &mut guard,
     };
+    crate::time::scheduled_in(&mut cx, now);
     let turn = hv.sched.turn(cpu);
     // The next entry depends on nothing that may have changed since the last: see `Next::Quiet`.
     let mut quiet = false;
     loop {
         if !quiet {
             crate::upcall::take_back(cx.st);
-            hv.timers.expire(hv, cpu);
+            hv.timers.expire(hv, cpu, None);
             // What is due may post an event, which is then served in the same round.
             let now = crate::time::expire_own(&mut cx);
             if v.has_posted() {

@@ -5,9 +5,9 @@
 //! never changes after it has been written. (Public `xen.h`: `vcpu_time_info`, `shared_info`;
 //! `vcpu.h`: runstate.)
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, Ordering, fence};
 
-use galvan_base::{Mfn, Platform};
+use galvan_base::{Mfn, Platform, direct};
 use galvan_dom0_proto::vcpu::{
     RUNSTATE_BLOCKED, RUNSTATE_OFFLINE, RUNSTATE_RUNNABLE, RUNSTATE_RUNNING, VcpuRunstateInfo,
     XEN_RUNSTATE_UPDATE,
@@ -124,12 +124,15 @@ fn write_time(
     at: usize,
     t: &VcpuTimeInfo,
 ) -> Result<(), galvan_base::hw::MemFault> {
-    let version = hw.load_u32(m, at)? | 1;
-    hw.store_u32(m, at, version)?;
-    if let Some(rest) = t.as_bytes().get(4..) {
-        hw.write(m, at + 4, rest)?;
+    let version = direct::load_u32(hw, m, at)? | 1;
+    direct::store_u32(hw, m, at, version)?;
+    // What follows must not be seen without it.
+    fence(Ordering::Release);
+    // Behind the version and its padding.
+    if let Some(rest) = t.as_bytes().get(8..) {
+        direct::write(hw, m, at + 8, rest)?;
     }
-    hw.store_u32(m, at, version.wrapping_add(1))
+    direct::store_u32(hw, m, at, version.wrapping_add(1))
 }
 
 /// Writes the secondary time area, at a virtual address. A guest that has unmapped it gets nothing.
@@ -196,9 +199,8 @@ pub fn write_runstate(cx: &mut Cx<'_>) {
     }
 }
 
-/// The vCPU begins a turn on this CPU.
-pub fn scheduled_in(cx: &mut Cx<'_>) {
-    let now = cx.hv.hw.now_ns();
+/// The vCPU begins a turn on this CPU, at system time `now`.
+pub fn scheduled_in(cx: &mut Cx<'_>, now: u64) {
     // Between the end of its wait and now it was runnable.
     let woken = cx.vcpu.unit.woken_at();
     let rs = &mut cx.st.runstate;
@@ -212,6 +214,8 @@ pub fn scheduled_in(cx: &mut Cx<'_>) {
         write_vcpu_time(cx);
     }
     cx.st.hw.set_tsc_offset(cx.st.tsc_offset);
+    // It may have been woken for one of these, which need not be asked the time for once more.
+    serve_deadlines(cx, now);
 }
 
 /// The vCPU ends its turn on this CPU.
@@ -231,6 +235,7 @@ pub fn scheduled_out(cx: &mut Cx<'_>) {
 
 /// Serves the deadlines of the vCPU that runs here which have passed. Gives the time, if it had to
 /// look.
+#[inline]
 pub fn expire_own(cx: &mut Cx<'_>) -> Option<u64> {
     let t = &cx.st.timers;
     if t.singleshot.is_none()
@@ -241,6 +246,13 @@ pub fn expire_own(cx: &mut Cx<'_>) -> Option<u64> {
         return None;
     }
     let now = cx.hv.hw.now_ns();
+    serve_deadlines(cx, now);
+    Some(now)
+}
+
+/// The deadlines that have passed at `now`.
+#[inline(always)]
+fn serve_deadlines(cx: &mut Cx<'_>, now: u64) {
     let t = &mut cx.st.timers;
     let mut fire = false;
     if t.singleshot.is_some_and(|at| at <= now) {
@@ -266,7 +278,6 @@ pub fn expire_own(cx: &mut Cx<'_>) -> Option<u64> {
     if cx.st.lapic.timer_deadline().is_some() {
         crate::exit::apic::tick(cx, now);
     }
-    Some(now)
 }
 
 /// The runstate of another vCPU as far as it can be seen from here.
@@ -299,7 +310,7 @@ mod tests {
         let w = World::new(1, 1);
         assert!(w.hv.hw.tsc_stable());
         let v = w.domains[0].vcpu(0).unwrap();
-        w.with_cx(0, 0, scheduled_in);
+        w.with_cx(0, 0, |cx| scheduled_in(cx, 1));
         // Where the kernel looks before it has registered an area of its own.
         let (m, off) = v.info().unwrap();
         let mut t = VcpuTimeInfo::new_zeroed();

@@ -53,16 +53,16 @@ impl TimerQueues {
         self.0.cancel(v);
     }
 
-    /// Wakes all that are due on `cpu`, the caller.
+    /// Wakes all that are due on `cpu`, the caller; `now` is the time if that is known.
     #[inline]
-    pub fn expire(&self, hv: Hv, cpu: CpuId) {
+    pub fn expire(&self, hv: Hv, cpu: CpuId, now: Option<u64>) {
         let Some(first) = self.0.first(cpu) else { return };
-        let now = hv.hw.now_ns();
+        let now = now.unwrap_or_else(|| hv.hw.now_ns());
         if first > now {
             return;
         }
         while let Some(v) = self.0.pop_due(cpu, now) {
-            v.unblock(hv, block::HALTED | block::POLLING);
+            v.unblock_at(hv, block::HALTED | block::POLLING, now);
         }
     }
 

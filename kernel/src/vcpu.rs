@@ -281,10 +281,22 @@ impl Vcpu {
 
     /// Takes away reasons not to run ([`block`]), and lets it run if none is left.
     pub fn unblock(self: &Arc<Self>, hv: Hv, reasons: u32) {
-        let before = self.blocked.fetch_and(!reasons, Ordering::SeqCst);
-        if before & reasons != 0 && before & !reasons == 0 {
+        if self.lift(reasons) {
             hv.sched.wake(hv, self);
         }
+    }
+
+    /// The same by a caller who knows the time.
+    pub fn unblock_at(self: &Arc<Self>, hv: Hv, reasons: u32, now: u64) {
+        if self.lift(reasons) {
+            hv.sched.wake_at(hv, self, now);
+        }
+    }
+
+    /// True if these were the last reasons.
+    fn lift(&self, reasons: u32) -> bool {
+        let before = self.blocked.fetch_and(!reasons, Ordering::SeqCst);
+        before & reasons != 0 && before & !reasons == 0
     }
 
     /// Makes the vCPU look at what was posted to it: wakes it if it is halted, interrupts it if it

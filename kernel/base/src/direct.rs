@@ -80,6 +80,8 @@ macro_rules! forward {
         }
     };
 }
+forward!(/** [`HostMem::load_u32`] */ load_u32, cell32, () -> u32, |c| c.load(Ordering::Acquire));
+forward!(/** [`HostMem::store_u32`] */ store_u32, cell32, (v: u32) -> (), |c| c.store(v, Ordering::Release));
 forward!(/** [`HostMem::load_u64`] */ load_u64, cell64, () -> u64, |c| c.load(Ordering::Acquire));
 forward!(/** [`HostMem::store_u64`] */ store_u64, cell64, (v: u64) -> (), |c| c.store(v, Ordering::Release));
 forward!(/** [`HostMem::or_u64`] */ or_u64, cell64, (bits: u64) -> u64, |c| c.fetch_or(bits, Ordering::SeqCst));
@@ -292,6 +294,9 @@ mod tests {
         assert_eq!(or_u64(&mem, mfn(1), 8, 0xf0), Ok(0x0102_0304_0506_0708));
         assert_eq!(and_u64(&mem, mfn(1), 8, 0xff), Ok(0x0102_0304_0506_07f8));
         assert_eq!(swap_u8(&mem, mfn(1), 8, 1), Ok(0xf8));
+        store_u32(&mem, mfn(1), 12, 0x0102_0305).unwrap();
+        assert_eq!(load_u32(&mem, mfn(1), 12), Ok(0x0102_0305));
+        store_u32(&mem, mfn(1), 12, 0).unwrap();
         assert_eq!(cmpxchg_u64(&mem, mfn(1), 8, 2, 3), Ok(1));
         assert_eq!(cmpxchg_u64(&mem, mfn(1), 8, 1, 3), Ok(1));
         let known = KnownWord::new(Mpa::new_truncate((FIRST + 1) * 4096 + 8));

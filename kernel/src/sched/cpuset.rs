@@ -82,10 +82,16 @@ impl CpuSet {
 
     /// The CPUs in ascending order.
     pub fn iter(&self) -> impl Iterator<Item = CpuId> + '_ {
-        self.0
-            .iter()
-            .enumerate()
-            .flat_map(|(i, w)| bits(*w).map(move |b| CpuId(i as u32 * 64 + b)))
+        let mut words = (0u32..).zip(self.0);
+        let mut left = (0, 0);
+        core::iter::from_fn(move || {
+            while left.1 == 0 {
+                left = words.next()?;
+            }
+            let bit = left.1.trailing_zeros();
+            left.1 &= left.1 - 1;
+            Some(CpuId(left.0 * 64 + bit))
+        })
     }
 }
 

@@ -305,6 +305,9 @@ impl<E> RunQueues<E> {
     /// one where it has CPUs of its soft affinity.
     fn best_queue(&self, u: &SchedUnit) -> u32 {
         let now_in = u.queue.load(Ordering::Relaxed);
+        if self.queues.len() == 1 {
+            return now_in;
+        }
         let (hard, soft) = (u.hard.get(), u.soft.get());
         let in_soft = |q: &Queue<E>| {
             q.cpus

@@ -55,7 +55,12 @@ impl Scheduler {
 
     /// The vCPU may have become runnable: queues it if so, and has a CPU take it.
     pub fn wake(&self, hv: Hv, v: &Arc<Vcpu>) {
-        kick(hv, self.0.wake(v, hv.hw.cpu(), hv.hw.now_ns()));
+        self.wake_at(hv, v, hv.hw.now_ns());
+    }
+
+    /// The same by a caller who knows the time.
+    pub fn wake_at(&self, hv: Hv, v: &Arc<Vcpu>, now: u64) {
+        kick(hv, self.0.wake(v, hv.hw.cpu(), now));
     }
 
     /// The vCPU may have ceased to be runnable: it stops soon; see
@@ -82,10 +87,10 @@ impl Scheduler {
         }
     }
 
-    /// What `cpu`, the caller, runs next, marked as running; `None` to idle until
+    /// What `cpu`, the caller, runs from `now` on, marked as running; `None` to idle until
     /// [`Scheduler::has_work`] or [`Scheduler::turn_ends`].
-    pub fn pick(&self, hv: Hv, cpu: CpuId) -> Option<Arc<Vcpu>> {
-        let (v, kicks) = self.0.pick(cpu, hv.hw.now_ns());
+    pub fn pick(&self, hv: Hv, cpu: CpuId, now: u64) -> Option<Arc<Vcpu>> {
+        let (v, kicks) = self.0.pick(cpu, now);
         kick(hv, kicks);
         v
     }
@@ -217,24 +222,24 @@ mod tests {
         let w = world();
         let (hv, s) = (w.hv, &w.hv.sched);
         w.dom(0).pause_nosync(hv);
-        let v = s.pick(hv, CPU0).expect("d1 is runnable");
+        let v = s.pick(hv, CPU0, hv.hw.now_ns()).expect("d1 is runnable");
         assert_eq!((v.domid, v.unit.running_on()), (1, Some(CPU0)));
         v.blocked.fetch_or(block::HALTED, Ordering::SeqCst);
         hv.timers.insert(hv, CPU0, &v, 5_000);
         s.put_back(hv, CPU0, v);
-        assert!(s.pick(hv, CPU0).is_none() && !s.has_work(CPU0));
+        assert!(s.pick(hv, CPU0, hv.hw.now_ns()).is_none() && !s.has_work(CPU0));
         assert_eq!(hv.timers.next_deadline(CPU0), Some(5_000));
         w.machine.set_now_ns(4_999);
-        hv.timers.expire(hv, CPU0);
+        hv.timers.expire(hv, CPU0, None);
         assert!(!s.has_work(CPU0));
         w.machine.set_now_ns(5_000);
-        hv.timers.expire(hv, CPU0);
+        hv.timers.expire(hv, CPU0, None);
         assert!(
             s.has_work(CPU0),
             "the wake-up gives the work to this idle CPU"
         );
         assert_eq!(hv.timers.next_deadline(CPU0), None);
-        let v = s.pick(hv, CPU0).expect("woken");
+        let v = s.pick(hv, CPU0, hv.hw.now_ns()).expect("woken");
         assert_eq!((v.domid, v.unit.woken_at()), (1, 5_000));
     }
 
@@ -242,7 +247,7 @@ mod tests {
     fn a_pause_returns_when_the_vcpu_is_off_its_cpu() {
         let w = world();
         let hv = w.hv;
-        let v = hv.sched.pick(hv, CPU1).expect("one is runnable");
+        let v = hv.sched.pick(hv, CPU1, hv.hw.now_ns()).expect("one is runnable");
         let d = v.domain().expect("alive");
         let unit = v.clone();
         let on_cpu1 = Mutex::new(Some(v));
@@ -254,10 +259,10 @@ mod tests {
         d.pause(hv);
         assert_eq!(w.machine.take_kicks(), [CPU1]);
         assert_eq!(unit.unit.running_on(), None);
-        let other = hv.sched.pick(hv, CPU1).expect("the other domain");
+        let other = hv.sched.pick(hv, CPU1, hv.hw.now_ns()).expect("the other domain");
         assert_ne!(other.domid, d.id);
         // Unpaused, it finds the idle CPU.
-        assert!(hv.sched.pick(hv, CPU0).is_none());
+        assert!(hv.sched.pick(hv, CPU0, hv.hw.now_ns()).is_none());
         d.unpause(hv);
         assert!(hv.sched.has_work(CPU0));
     }
@@ -265,11 +270,11 @@ mod tests {
     #[test]
     fn who_pauses_its_own_domain_does_not_wait_for_itself() {
         let w = world();
-        let v = w.hv.sched.pick(w.hv, CPU0).expect("one is runnable");
+        let v = w.hv.sched.pick(w.hv, CPU0, w.hv.hw.now_ns()).expect("one is runnable");
         v.domain().expect("alive").pause(w.hv);
         assert_eq!(v.unit.running_on(), Some(CPU0));
         w.hv.sched.put_back(w.hv, CPU0, v);
-        let next = w.hv.sched.pick(w.hv, CPU0).expect("the other domain");
+        let next = w.hv.sched.pick(w.hv, CPU0, w.hv.hw.now_ns()).expect("the other domain");
         assert!(next.runnable());
     }
 
@@ -305,8 +310,8 @@ mod tests {
         w.dom(1).unpause(hv);
         // Until then its queue held one.
         assert_eq!(Arc::strong_count(&v), held - 1);
-        let only = hv.sched.pick(hv, CPU0).expect("dom0");
+        let only = hv.sched.pick(hv, CPU0, hv.hw.now_ns()).expect("dom0");
         assert_eq!(only.domid, 0);
-        assert!(hv.sched.pick(hv, CPU1).is_none());
+        assert!(hv.sched.pick(hv, CPU1, hv.hw.now_ns()).is_none());
     }
 }

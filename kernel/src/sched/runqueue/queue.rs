@@ -99,6 +99,9 @@ impl<E> Inner<E> {
     /// The virtual time of those who compete for these CPUs, with the rate of one of them: that of
     /// the unit served last (at its begin, or with `at` at that time) or of the first in line.
     pub(super) fn level(&self, cpus: u64, at: Option<u64>) -> Option<(u64, u64)> {
+        if self.busy & cpus == 0 && self.ready.is_empty() {
+            return None;
+        }
         let newest = bits(self.busy & cpus)
             .filter_map(|b| self.runs.get(b as usize))
             .map(|r| (at.map_or(r.vt, |now| r.vt_at(now)), r.rate))
