@@ -234,6 +234,20 @@ impl Vlapic {
         self.tmr.test(vector).then_some(vector)
     }
 
+    /// [`Self::eoi`] where it has no consequence: no interrupt waits, and the one in service came by an edge. False,
+    /// having done nothing, where it may have one.
+    #[inline(always)]
+    pub fn eoi_quietly(&mut self) -> bool {
+        let vector = self.isrv;
+        if self.irrv != 0 || vector == 0 || self.tmr.test(vector) {
+            return false;
+        }
+        self.isr.clear(vector);
+        self.isrv = self.isr.highest();
+        self.update_ppr();
+        true
+    }
+
     /// An interrupt arrives on this vCPU. False if it was not accepted (the APIC is disabled by
     /// software or globally, or the vector is illegal).
     #[inline]

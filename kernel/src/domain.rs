@@ -14,6 +14,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
 use galvan_base::sync::atomic::AtomicU32;
+use galvan_base::direct::KnownPage;
 use galvan_base::{Gfn, Mfn};
 use galvan_base::sync::{RankedLock, RankedRwLock, rank};
 use galvan_dom0_proto::errno::Errno;
@@ -110,6 +111,8 @@ pub struct Domain {
     pub claimed: AtomicU64,
     /// The frame of its shared info page.
     pub shared_info: Mfn,
+    /// The same, for the words of the event channels.
+    pub(crate) shared_words: KnownPage,
     /// Event channels.
     pub evtchn: EventChannels,
     /// Grants it has given, and what it has mapped of others.
@@ -412,6 +415,7 @@ impl Domain {
             max_pages: AtomicU64::new(0),
             claimed: AtomicU64::new(0),
             shared_info,
+            shared_words: KnownPage::new(shared_info),
             evtchn: EventChannels::new(&config),
             gnttab: GrantTable::new(&config),
             params: RankedLock::new(Default::default()),

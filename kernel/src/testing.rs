@@ -200,7 +200,10 @@ impl World {
     pub fn call(&self, dom: u16, vcpu: u32, number: u32, mut args: Args) -> Result<u64, Errno> {
         for _ in 0..1_000_000 {
             match self.call_once(dom, vcpu, number, args)? {
-                Outcome::Done(v) | Outcome::Yield(v) | Outcome::Block(v) => return Ok(v),
+                Outcome::Done(v)
+                | Outcome::Told(v)
+                | Outcome::Yield(v)
+                | Outcome::Block(v) => return Ok(v),
                 Outcome::Again(a) => args = a,
             }
         }

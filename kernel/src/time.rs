@@ -273,7 +273,7 @@ fn serve_deadlines(cx: &mut Cx<'_>, now: u64) {
         cx.vcpu.poll_port.store(0, Ordering::SeqCst);
     }
     if fire {
-        crate::evtchn::raise_vcpu_virq(cx.hv, cx.dom, cx.vcpu, VIRQ_TIMER);
+        crate::evtchn::raise_own_virq(cx, VIRQ_TIMER);
     }
     if cx.st.lapic.timer_deadline().is_some() {
         crate::exit::apic::tick(cx, now);

@@ -16,10 +16,26 @@ use crate::vcpu::{Vcpu, VcpuState};
 /// An event of this vCPU has become pending: sets `evtchn_upcall_pending` and, if it was clear,
 /// raises the upcall.
 pub fn mark_pending(hv: Hv, v: &Arc<Vcpu>) {
-    let Some((m, off)) = v.info() else { return };
-    // `evtchn_upcall_pending` is the first byte of `vcpu_info`.
-    if direct::swap_u8(hv.hw, m, off, 1) == Ok(0) {
+    if set_pending(hv, v) {
         raise(hv, v);
+    }
+}
+
+/// Sets `evtchn_upcall_pending`; true if it was clear, and the upcall is to be raised.
+#[inline]
+pub fn set_pending(hv: Hv, v: &Vcpu) -> bool {
+    // It is the first byte of `vcpu_info`.
+    v.info()
+        .is_some_and(|(m, off)| direct::swap_u8(hv.hw, m, off, 1) == Ok(0))
+}
+
+/// [`raise`] for the vCPU that runs here: nothing need be posted, nor anybody be told. The next entry must look
+/// at its local APIC.
+pub fn raise_own(cx: &mut Cx<'_>) {
+    let vector = cx.vcpu.upcall_vector.load(Ordering::Relaxed) as u8;
+    if vector >= 16 {
+        take_back(cx.st);
+        cx.st.lapic.post(vector, false);
     }
 }
 
@@ -143,9 +159,15 @@ fn lend(st: &mut VcpuState, delivers: bool) {
 
 /// Takes interrupts back from the processor, if it has them. Before every use of the local APIC: they are lent
 /// anew before the next entry.
-#[inline]
+#[inline(always)]
 pub fn take_back(st: &mut VcpuState) {
-    if st.lent != VirtualApic::None && !(st.lapic.is_idle() && st.hw.lent_is_empty()) {
+    if st.lent != VirtualApic::None {
+        take_lent(st);
+    }
+}
+
+fn take_lent(st: &mut VcpuState) {
+    if !(st.lapic.is_idle() && st.hw.lent_is_empty()) {
         let (waiting, in_service) = st.hw.lent_interrupts();
         if st.lent == VirtualApic::Delivers {
             st.lapic.set_waiting(waiting, in_service);

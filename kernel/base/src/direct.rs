@@ -162,6 +162,33 @@ impl KnownPage {
         self.mfn
     }
 
+    /// An aligned word.
+    #[inline(always)]
+    fn word(&self, off: usize) -> Option<&'static AtomicU64> {
+        if !off.is_multiple_of(8) {
+            return None;
+        }
+        self.words?.get(off / 8)
+    }
+
+    /// [`HostMem::load_u64`]
+    #[inline(always)]
+    pub fn load_u64<M: HostMem + ?Sized>(&self, mem: &M, off: usize) -> Result<u64, MemFault> {
+        match self.word(off) {
+            Some(w) => Ok(w.load(Ordering::Acquire)),
+            None => mem.load_u64(self.mfn, off),
+        }
+    }
+
+    /// [`HostMem::or_u64`]
+    #[inline(always)]
+    pub fn or_u64<M: HostMem + ?Sized>(&self, mem: &M, off: usize, bits: u64) -> Result<u64, MemFault> {
+        match self.word(off) {
+            Some(w) => Ok(w.fetch_or(bits, Ordering::SeqCst)),
+            None => mem.or_u64(self.mfn, off, bits),
+        }
+    }
+
     /// The aligned words of so many bytes.
     #[inline(always)]
     fn piece(&self, off: usize, len: usize) -> Option<&'static [AtomicU64]> {
@@ -326,6 +353,11 @@ mod tests {
         for page in [KnownPage::new(mfn(1)), KnownPage::new(mfn(2))] {
             let mfn = page.mfn();
             page.write(&mem, 4080, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4, 5, 6]).unwrap();
+            assert_eq!(page.or_u64(&mem, 4088, 0x80), Ok(0x0605_0403_0201_0001));
+            assert_eq!(page.load_u64(&mem, 4088), Ok(0x0605_0403_0201_0081));
+            assert_eq!(page.or_u64(&mem, 4096, 1), Err(MemFault));
+            assert_eq!(page.load_u64(&mem, 4084), Err(MemFault));
+            page.write(&mem, 4088, &[1, 0, 1, 2, 3, 4, 5, 6]).unwrap();
             let mut quarter = [0; 4];
             for (off, want) in [(4080, [9, 8, 7, 6]), (4084, [5, 4, 3, 2]), (4092, [3, 4, 5, 6])] {
                 page.read(&mem, off, &mut quarter).unwrap();

@@ -47,6 +47,7 @@ use galvan_dom0_proto::event_channel::*;
 use spin::Once;
 
 use crate::domain::{Domain, DomainConfig, MAX_VCPUS};
+use crate::guest_access::Cx;
 use crate::hv::Hv;
 use crate::mm::PageRef;
 use crate::p2m::{Budget, Want};
@@ -163,14 +164,18 @@ impl EventChannels {
 
 /// Raises `port` of `d`. The caller holds a lock that keeps the port from being closed (see the
 /// module's description).
+///
+/// True if `own`, the vCPU on which this is done, is to take an upcall: it is not told, which its caller can do
+/// for less.
 #[inline]
-fn deliver(hv: Hv, d: &Domain, port: u32) {
+fn deliver(hv: Hv, d: &Domain, port: u32, own: Option<&Arc<Vcpu>>) -> bool {
     let e = &d.evtchn;
     let Some(cell) = e.cells.get(port) else {
-        return;
+        return false;
     };
     if let Some(consumer) = cell.consumer() {
-        return consume(hv, d, cell, consumer);
+        consume(hv, d, cell, consumer);
+        return false;
     }
     let mem: &dyn HostMem = hv.hw;
     let raised = match e.fifo() {
@@ -187,21 +192,28 @@ fn deliver(hv: Hv, d: &Domain, port: u32) {
     };
     // Masked, or pending before: most that come here need not be told of.
     if raised.tell.is_some() {
-        announce(hv, d, port, raised);
-    } else if raised.new {
+        return announce(hv, d, port, raised, own);
+    }
+    if raised.new {
         poll::wake(hv, d, port);
     }
+    false
 }
 
-/// Tells vCPUs what has been raised.
+/// Tells vCPUs what has been raised, but for `own`: true if that is to be told.
 #[inline]
-fn announce(hv: Hv, d: &Domain, port: u32, r: Raised) {
+fn announce(hv: Hv, d: &Domain, port: u32, r: Raised, own: Option<&Arc<Vcpu>>) -> bool {
+    let mut told = false;
     if let Some(v) = r.tell.and_then(|id| d.vcpu(id)) {
-        upcall::mark_pending(hv, v);
+        match own {
+            Some(o) if Arc::ptr_eq(o, v) => told = upcall::set_pending(hv, v),
+            _ => upcall::mark_pending(hv, v),
+        }
     }
     if r.new {
         poll::wake(hv, d, port);
     }
+    told
 }
 
 fn consume(hv: Hv, d: &Domain, cell: &Cell, c: Consumer) {
@@ -214,45 +226,64 @@ fn consume(hv: Hv, d: &Domain, cell: &Cell, c: Consumer) {
     }
 }
 
-fn send_as(hv: Hv, d: &Domain, port: u32, who: Who) -> Result<(), Errno> {
+#[inline]
+fn send_as(hv: Hv, d: &Domain, port: u32, who: Who, own: Option<&Arc<Vcpu>>) -> Result<bool, Errno> {
     let t = d.evtchn.table.lock();
     match t.get(port, who)? {
-        Port::Interdomain { remote, port } => deliver(hv, remote, *port),
-        Port::Ipi => deliver(hv, d, port),
+        Port::Interdomain { remote, port } => Ok(deliver(hv, remote, *port, own)),
+        Port::Ipi => Ok(deliver(hv, d, port, own)),
         // Nobody is there yet; who binds to it finds it pending.
-        Port::Unbound { .. } => {}
-        Port::Free | Port::Virq { .. } => return Err(Errno::EINVAL),
+        Port::Unbound { .. } => Ok(false),
+        Port::Free | Port::Virq { .. } => Err(Errno::EINVAL),
     }
-    Ok(())
 }
 
-/// Sends an event through a port of `d`, on behalf of the guest. EINVAL unless the port is one end
-/// of a channel (or will be) or for IPIs.
+/// Sends an event through a port of the caller's domain. EINVAL unless the port is one end
+/// of a channel (or will be) or for IPIs. True if the caller itself is interrupted by it, which its local APIC
+/// knows: the next entry must look there.
+pub fn send_own(cx: &mut Cx<'_>, port: u32) -> Result<bool, Errno> {
+    let told = send_as(cx.hv, cx.dom, port, Who::Guest, Some(cx.vcpu))?;
+    if told {
+        upcall::raise_own(cx);
+    }
+    Ok(told)
+}
+
+/// The same for a domain whose vCPUs may all be elsewhere.
+#[cfg(test)]
 pub fn send(hv: Hv, d: &Domain, port: u32) -> Result<(), Errno> {
-    send_as(hv, d, port, Who::Guest)
+    send_as(hv, d, port, Who::Guest, None).map(drop)
 }
 
 /// Sends an event through a port of `d`, of those too that Galvan uses itself
 /// ([`open_consumed`]).
 pub fn send_port(hv: Hv, d: &Domain, port: u32) -> Result<(), Errno> {
-    send_as(hv, d, port, Who::Galvan)
+    send_as(hv, d, port, Who::Galvan, None).map(drop)
 }
 
 /// Raises a virtual interrupt of one vCPU, if it is bound.
+#[cfg(test)]
 pub fn raise_vcpu_virq(hv: Hv, d: &Domain, v: &Vcpu, virq: u32) {
-    raise_virq(hv, d, v.id, virq);
+    raise_virq(hv, d, v.id, virq, None);
+}
+
+/// Raises a virtual interrupt of the calling vCPU, if it is bound. The next entry must look at its local APIC.
+pub fn raise_own_virq(cx: &mut Cx<'_>, virq: u32) {
+    if raise_virq(cx.hv, cx.dom, cx.vcpu.id, virq, Some(cx.vcpu)) {
+        upcall::raise_own(cx);
+    }
 }
 
 /// Raises a virtual interrupt that concerns the whole domain or machine, if `d` has bound it.
 pub fn raise_global_virq(hv: Hv, d: &Domain, virq: u32) {
-    raise_virq(hv, d, 0, virq);
+    raise_virq(hv, d, 0, virq, None);
 }
 
-fn raise_virq(hv: Hv, d: &Domain, vcpu: u32, virq: u32) {
+fn raise_virq(hv: Hv, d: &Domain, vcpu: u32, virq: u32, own: Option<&Arc<Vcpu>>) -> bool {
     let t = d.evtchn.table.lock();
     match t.virq(vcpu, virq) {
-        0 => {}
-        port => deliver(hv, d, port),
+        0 => false,
+        port => deliver(hv, d, port, own),
     }
 }
 
@@ -339,7 +370,7 @@ pub fn bind_interdomain(
         port,
     };
     pair.remote().replace(remote_port, end);
-    deliver(hv, local, port);
+    deliver(hv, local, port, None);
     Ok(port)
 }
 
@@ -584,7 +615,7 @@ pub fn unmask(hv: Hv, d: &Domain, port: u32) -> Result<(), Errno> {
         Some(f) => f.unmask(hv.hw, cell, port),
         None => two_level::unmask(hv.hw, d, port, cell.route().vcpu),
     };
-    announce(hv, d, port, raised);
+    announce(hv, d, port, raised, None);
     Ok(())
 }
 
@@ -646,7 +677,7 @@ pub fn expand_array(hv: Hv, d: &Domain, gfn: u64) -> Result<(), Errno> {
     let ports = fifo.add_array_page(&mut t.pages, page)?;
     for port in ports.start..ports.end.min(t.len()) {
         if let Some(cell) = e.cells.get(port) {
-            announce(hv, d, port, fifo.unstash(hv.hw, cell, port));
+            announce(hv, d, port, fifo.unstash(hv.hw, cell, port), None);
         }
     }
     Ok(())

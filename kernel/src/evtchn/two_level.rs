@@ -29,11 +29,11 @@ const fn place(port: u32) -> (usize, u64) {
 /// Makes a port pending.
 pub(super) fn raise(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> Raised {
     let (word, bit) = place(port);
-    let m = d.shared_info;
-    let Ok(before) = direct::or_u64(mem, m, PENDING + word, bit) else {
+    let shared = &d.shared_words;
+    let Ok(before) = shared.or_u64(mem, PENDING + word, bit) else {
         return Raised::NOTHING;
     };
-    let masked = direct::load_u64(mem, m, MASK + word).is_ok_and(|w| w & bit != 0);
+    let masked = shared.load_u64(mem, MASK + word).is_ok_and(|w| w & bit != 0);
     let tell = before & bit == 0 && !masked && select(mem, d, port, vcpu);
     Raised {
         new: before & bit == 0,
@@ -66,7 +66,8 @@ fn select(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> bool {
 /// Whether a port is pending.
 pub(super) fn is_pending(mem: &dyn HostMem, d: &Domain, port: u32) -> bool {
     let (word, bit) = place(port);
-    direct::load_u64(mem, d.shared_info, PENDING + word)
+    d.shared_words
+        .load_u64(mem, PENDING + word)
         .is_ok_and(|w| w & bit != 0)
 }
 

@@ -7,7 +7,7 @@
 
 use core::sync::atomic::Ordering;
 
-use galvan_base::hw::Platform;
+use galvan_base::hw::{Platform, VirtualApic};
 use galvan_devices::interrupt::DeliveryMode;
 use galvan_devices::vlapic::{
     self, ApicAddress, Deadline, Effect, Gp, Ipi, MMIO_BASE, MSR_APIC_BASE, MSR_X2APIC, Mode, Now, Shorthand,
@@ -38,6 +38,18 @@ pub fn rdmsr(cx: &mut Cx<'_>, index: u32) -> Result<u64, Gp> {
     }
     let (hw, offset) = (cx.hv.hw, st.tsc_offset);
     st.lapic.rdmsr(index, || now(hw, offset))
+}
+
+/// The most frequent WRMSR: the end of an interrupt behind which none waits. False, having done nothing, if it is
+/// not that.
+#[inline(always)]
+pub fn eoi_quietly(cx: &mut Cx<'_>, index: u32, value: u64) -> bool {
+    let st = &mut *cx.st;
+    index == EOI
+        && value == 0
+        && st.lent == VirtualApic::None
+        && st.lapic.mode() == Mode::X2Apic
+        && st.lapic.eoi_quietly()
 }
 
 /// WRMSR of the APIC's registers. True if what decides about the next entry is as it was: the end of

@@ -48,7 +48,9 @@ pub fn write(cx: &mut Cx<'_>, len: u8) -> Next {
     };
     let r = &cx.st.regs;
     let (index, value) = (r.rcx as u32, r.rdx << 32 | r.rax & 0xffff_ffff);
-    // The end of an interrupt, most often.
+    if apic::eoi_quietly(cx, index, value) {
+        return insn::advance_quietly(cx, len);
+    }
     let done = match index {
         MSR_X2APIC..=MSR_X2APIC_LAST => apic::wrmsr(cx, index, value).ok(),
         _ => wrmsr(cx, index, value).then_some(false),

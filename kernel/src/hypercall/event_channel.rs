@@ -28,8 +28,10 @@ pub fn event_channel_op(cx: &mut Cx<'_>, args: Args) -> Ret {
             Some(port) => port,
             None => cx.get::<EvtchnPort>(args[1])?.port,
         };
-        evtchn::send(cx.hv, cx.dom, port)?;
-        return Ok(OK);
+        return match evtchn::send_own(cx, port)? {
+            true => Ok(Outcome::Told(0)),
+            false => Ok(OK),
+        };
     }
     others(cx, args)
 }

@@ -36,6 +36,8 @@ pub type Args = [u64; 5];
 pub enum Outcome {
     /// With this result.
     Done(u64),
+    /// With this result, having posted an interrupt to the caller's own local APIC.
+    Told(u64),
     /// Not yet: the same call is to be made again with these arguments, which say how far it got.
     /// The guest sees only that the call takes long; interrupts are taken in between.
     Again(Args),
@@ -158,6 +160,7 @@ fn finish(cx: &mut Cx<'_>, result: Ret, done: After, long: bool) -> After {
     let r = &mut cx.st.regs;
     let (value, after) = match result {
         Ok(Outcome::Done(v)) => (v, done),
+        Ok(Outcome::Told(v)) => (v, After::Next),
         Ok(Outcome::Yield(v)) => (v, After::Yield),
         Ok(Outcome::Block(v)) => (v, After::Block),
         Err(e) => (e.as_ret(), done),

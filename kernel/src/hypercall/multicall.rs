@@ -126,7 +126,7 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
             ])
         };
         let result = match result {
-            Ok(Outcome::Done(v)) => v,
+            Ok(Outcome::Done(v) | Outcome::Told(v)) => v,
             Ok(Outcome::Yield(v) | Outcome::Block(v)) => {
                 e.result = v;
                 cx.put_at(list, i, &e)?;
