@@ -5,7 +5,7 @@ use core::sync::atomic::Ordering;
 use std::boxed::Box;
 
 use galvan_base::exit::{Exit, FaultKind, Pio};
-use galvan_base::hw::{CpuId, HostIrq, IoApicInfo, VirtualApic, Window};
+use galvan_base::hw::{CpuId, HostIrq, HostMem, IoApicInfo, VirtualApic, Window};
 use galvan_base::state::{
     ArchState, CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, Event, Seg,
 };
@@ -13,6 +13,8 @@ use galvan_base::testing::{FakeMachine, FakeVcpu};
 use galvan_base::{Gfn, Gpa, Mpa, PageOrder};
 use galvan_devices::vlapic::{ApicAddress, MMIO_BASE};
 use galvan_dom0_proto::errno::Errno;
+use galvan_dom0_proto::event_channel::EVTCHNOP_SEND;
+use galvan_dom0_proto::xen::HYPERVISOR_EVENT_CHANNEL_OP;
 
 use super::*;
 use crate::cpu_policy::{HostPolicy, Setup, Virt};
@@ -173,6 +175,14 @@ impl Setting {
         self.set_reg(RDX, v >> 32);
         assert_eq!(self.exit(Exit::MsrWrite(0)), Next::Resume);
         self.event().map_or(Ok(()), Err)
+    }
+
+    fn wrmsr_exactly(&self, index: u32, v: u64) -> Next {
+        self.code(&[0x0f, 0x30]);
+        self.set_reg(RCX, index.into());
+        self.set_reg(RAX, v & 0xffff_ffff);
+        self.set_reg(RDX, v >> 32);
+        self.exit_exactly(Exit::MsrWrite(0))
     }
 
     fn fault(&self, gpa: u64, write: bool) -> Next {
@@ -808,6 +818,57 @@ fn the_end_of_an_interrupt_is_quiet_unless_another_waits_behind_it() {
         cx.st.lapic.post(0x41, false);
         assert_eq!(apic::wrmsr(cx, X2_EOI, 0), Ok(true));
     });
+}
+
+#[test]
+fn an_event_to_oneself_is_looked_at_before_the_next_entry() {
+    const ARG: u64 = CODE + 0x800;
+    let s = Setting::new();
+    s.x2apic();
+    let d = s.w.dom(1);
+    let v = d.vcpu(0).unwrap();
+    v.upcall_vector.store(0xf3, Ordering::Relaxed);
+    let port = crate::evtchn::bind_ipi(d, 0).unwrap();
+    s.w.put(1, ARG, &port);
+    let send = || {
+        s.code(&[0x0f, 0x01, 0xd9]);
+        s.set_reg(RAX, HYPERVISOR_EVENT_CHANNEL_OP.into());
+        s.set_reg(RDI, EVTCHNOP_SEND.into());
+        s.set_reg(RSI, ARG);
+        let next = s.exit_exactly(Exit::Hypercall(3));
+        assert_eq!(s.reg(RAX), 0);
+        next
+    };
+    // Masked, nobody is to be told.
+    let mask = 2560 + u64::from(port) / 64 * 8;
+    s.w.machine.store_u64(d.shared_info, mask as usize, 1 << (port % 64)).unwrap();
+    assert_eq!(send(), Next::Quiet);
+    s.w.machine.store_u64(d.shared_info, mask as usize, 0).unwrap();
+    s.w.machine.store_u64(d.shared_info, 2048, 0).unwrap();
+    assert_eq!(send(), Next::Resume, "there is an interrupt to take");
+    assert!(!v.has_posted(), "which is nobody else's business");
+    s.w.with_cx(1, 0, |cx| {
+        assert_eq!(cx.st.lapic.highest_pending(), Some(0xf3));
+        cx.st.lapic.accept(0xf3);
+    });
+    // Pending already: told before.
+    assert_eq!(send(), Next::Quiet);
+    // Its end is quiet, and one that came with a level is not.
+    assert_eq!(s.wrmsr_exactly(X2_EOI, 0), Next::Quiet);
+    s.w.with_cx(1, 0, |cx| assert!(cx.st.lapic.is_idle()));
+    assert_eq!(s.wrmsr_exactly(X2_EOI, 0), Next::Quiet, "of none");
+    s.w.with_cx(1, 0, |cx| {
+        cx.st.lapic.post(0x41, true);
+        cx.st.lapic.accept(0x41);
+    });
+    assert_eq!(s.wrmsr_exactly(X2_EOI, 0), Next::Resume);
+    s.w.with_cx(1, 0, |cx| assert!(cx.st.lapic.is_idle()));
+    // From another's CPU it is posted.
+    for word in [2048, 8, 0] {
+        s.w.machine.store_u64(d.shared_info, word, 0).unwrap();
+    }
+    crate::evtchn::send(s.w.hv, d, port).unwrap();
+    assert!(v.has_posted());
 }
 
 #[test]
