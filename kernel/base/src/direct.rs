@@ -106,12 +106,44 @@ impl KnownWord {
         }
     }
 
-    /// Its value (Acquire).
+    /// [`HostMem::load_u64`]
     #[inline(always)]
     pub fn load<M: HostMem + ?Sized>(&self, mem: &M) -> Result<u64, MemFault> {
         match self.cell {
             Some(c) => Ok(c.load(Ordering::Acquire)),
             None => mem.load_u64(self.at.frame(), self.at.offset()),
+        }
+    }
+
+    /// [`HostMem::store_u64`]
+    #[inline(always)]
+    pub fn store<M: HostMem + ?Sized>(&self, mem: &M, v: u64) -> Result<(), MemFault> {
+        match self.cell {
+            Some(c) => {
+                c.store(v, Ordering::Release);
+                Ok(())
+            }
+            None => mem.store_u64(self.at.frame(), self.at.offset(), v),
+        }
+    }
+
+    /// [`HostMem::and_u64`]
+    #[inline(always)]
+    pub fn and<M: HostMem + ?Sized>(&self, mem: &M, mask: u64) -> Result<u64, MemFault> {
+        match self.cell {
+            Some(c) => Ok(c.fetch_and(mask, Ordering::SeqCst)),
+            None => mem.and_u64(self.at.frame(), self.at.offset(), mask),
+        }
+    }
+
+    /// [`HostMem::cmpxchg_u64`]
+    #[inline(always)]
+    pub fn cmpxchg<M: HostMem + ?Sized>(&self, mem: &M, old: u64, new: u64) -> Result<u64, MemFault> {
+        match self.cell {
+            Some(c) => Ok(c
+                .compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
+                .unwrap_or_else(|v| v)),
+            None => mem.cmpxchg_u64(self.at.frame(), self.at.offset(), old, new),
         }
     }
 }
@@ -186,6 +218,15 @@ impl KnownPage {
         match self.word(off) {
             Some(w) => Ok(w.fetch_or(bits, Ordering::SeqCst)),
             None => mem.or_u64(self.mfn, off, bits),
+        }
+    }
+
+    /// The word at this offset, which is a multiple of 8 within the frame.
+    #[inline(always)]
+    pub fn at(&self, off: usize) -> KnownWord {
+        KnownWord {
+            at: Mpa::new_truncate(self.mfn.get() << PAGE_SHIFT | off as u64),
+            cell: self.word(off),
         }
     }
 
@@ -353,6 +394,12 @@ mod tests {
         for page in [KnownPage::new(mfn(1)), KnownPage::new(mfn(2))] {
             let mfn = page.mfn();
             page.write(&mem, 4080, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4, 5, 6]).unwrap();
+            let word = page.at(4088);
+            assert_eq!(word.load(&mem), Ok(0x0605_0403_0201_0001));
+            word.store(&mem, 6).unwrap();
+            assert_eq!(word.and(&mem, 3), Ok(6));
+            assert_eq!(word.cmpxchg(&mem, 3, 9), Ok(2));
+            assert_eq!(word.cmpxchg(&mem, 2, 0x0605_0403_0201_0001), Ok(2));
             assert_eq!(page.or_u64(&mem, 4088, 0x80), Ok(0x0605_0403_0201_0001));
             assert_eq!(page.load_u64(&mem, 4088), Ok(0x0605_0403_0201_0081));
             assert_eq!(page.or_u64(&mem, 4096, 1), Err(MemFault));

@@ -7,7 +7,8 @@
 use alloc::vec::Vec;
 
 use galvan_base::hw::HostMem;
-use galvan_base::{Gfn, Mfn, direct};
+use galvan_base::Gfn;
+use galvan_base::direct::KnownWord;
 use galvan_dom0_proto::errno::GntStatus;
 use galvan_dom0_proto::grant_table::{
     GRANT_ENTRIES_V1_PER_FRAME, GTF_PERMIT_ACCESS, GTF_READING, GTF_READONLY, GTF_TYPE_MASK,
@@ -111,7 +112,7 @@ impl Granted {
     }
 
     pub(super) fn frames(&self) -> u32 {
-        self.table.frames().len() as u32
+        self.table.frames() as u32
     }
 
     pub(super) fn max_frames(&self) -> u32 {
@@ -132,7 +133,7 @@ impl Granted {
         }
         while self.frames() < n {
             let grown = self.seen_at.try_reserve(1).is_ok()
-                && (self.users.frames().len() > self.table.frames().len()
+                && (self.users.frames() > self.table.frames()
                     || self.users.grow(frames).is_ok())
                 && self.table.grow(frames).is_ok();
             if !grown {
@@ -145,7 +146,7 @@ impl Granted {
 
     /// A hold on frame `idx` of the table.
     pub(super) fn frame(&self, frames: &'static FrameTable, idx: u32) -> Option<PageRef> {
-        let m: Mfn = *self.table.frames().get(idx as usize)?;
+        let m = self.table.frame(idx as usize)?;
         // Under the lock that frees the table, so the frame is ours.
         PageRef::take(frames, m).ok()
     }
@@ -174,23 +175,22 @@ impl Granted {
         if self.closed {
             return Err(GntStatus::BAD_DOMAIN);
         }
-        let i = gref as usize;
-        let (Some((m, off)), Some((um, uoff))) = (self.table.place(i), self.users.place(i)) else {
-            return Err(GntStatus::BAD_GNTREF);
-        };
-        let users = direct::load_u64(hv.hw, um, uoff).map_err(|_| GntStatus::GENERAL_ERROR)?;
-        let users = Users(users);
+        let (shared, count) = self
+            .table
+            .both(&self.users, gref as usize)
+            .ok_or(GntStatus::BAD_GNTREF)?;
+        let users = Users(count.load(hv.hw).map_err(|_| GntStatus::GENERAL_ERROR)?);
         let more = users.plus(want).ok_or(GntStatus::GENERAL_ERROR)?;
-        let entry = claim(hv.hw, m, off, who, want, more.flags())?;
+        let entry = claim(hv.hw, shared, who, want, more.flags())?;
         match granted_page(d, entry.gfn(), want) {
             Ok(page) => {
-                let set = direct::store_u64(hv.hw, um, uoff, more.0);
+                let set = count.store(hv.hw, more.0);
                 debug_assert!(set.is_ok());
                 self.in_use += 1;
                 Ok(page)
             }
             Err(e) => {
-                tell(hv.hw, m, off, users);
+                tell(hv.hw, shared, users);
                 Err(e)
             }
         }
@@ -203,20 +203,19 @@ impl Granted {
             self.in_use = self.in_use.saturating_sub(1);
             return None;
         }
-        let i = gref as usize;
-        let ((m, off), (um, uoff)) = (self.table.place(i)?, self.users.place(i)?);
-        let users = direct::load_u64(hv.hw, um, uoff).ok()?;
+        let (shared, count) = self.table.both(&self.users, gref as usize)?;
+        let users = count.load(hv.hw).ok()?;
         let Some(less) = Users(users).minus(want) else {
             debug_assert!(false, "grant {gref} has no such user");
             return None;
         };
-        let set = direct::store_u64(hv.hw, um, uoff, less.0);
+        let set = count.store(hv.hw, less.0);
         debug_assert!(set.is_ok());
         self.in_use -= 1;
         let entry = if less.flags() == Users(users).flags() {
-            direct::load_u64(hv.hw, m, off).ok()
+            shared.load(hv.hw).ok()
         } else {
-            tell(hv.hw, m, off, less)
+            tell(hv.hw, shared, less)
         };
         match want {
             Want::Write => entry.map(|e| Entry(e).gfn()),
@@ -232,12 +231,12 @@ impl Granted {
                 .get(hv.hw, i as usize)
                 .ok_or(GntStatus::BAD_GNTREF)?;
             if users == 0 {
-                self.table.place(i as usize).ok_or(GntStatus::BAD_GNTREF)
+                self.table.at(i as usize).ok_or(GntStatus::BAD_GNTREF)
             } else {
                 Err(GntStatus::EAGAIN)
             }
         };
-        let ((ma, oa), (mb, ob)) = match (idle(a), idle(b)) {
+        let (at_a, at_b) = match (idle(a), idle(b)) {
             (Ok(x), Ok(y)) => (x, y),
             (Err(GntStatus::BAD_GNTREF), _) | (_, Err(GntStatus::BAD_GNTREF)) => {
                 return GntStatus::BAD_GNTREF;
@@ -245,10 +244,10 @@ impl Granted {
             (Err(e), _) | (_, Err(e)) => return e,
         };
         if a != b
-            && let (Ok(va), Ok(vb)) = (direct::load_u64(hv.hw, ma, oa), direct::load_u64(hv.hw, mb, ob))
+            && let (Ok(va), Ok(vb)) = (at_a.load(hv.hw), at_b.load(hv.hw))
         {
-            self.table.set(hv.hw, a as usize, vb);
-            self.table.set(hv.hw, b as usize, va);
+            let set = at_a.store(hv.hw, vb).and(at_b.store(hv.hw, va));
+            debug_assert!(set.is_ok());
         }
         GntStatus::OKAY
     }
@@ -275,13 +274,12 @@ impl Granted {
 /// Sets flags in an entry that permits the use, in one step with the check.
 fn claim(
     mem: &(impl HostMem + ?Sized),
-    m: Mfn,
-    off: usize,
+    at: KnownWord,
     who: u16,
     want: Want,
     flags: u64,
 ) -> Result<Entry, GntStatus> {
-    let mut found = direct::load_u64(mem, m, off).map_err(|_| GntStatus::GENERAL_ERROR)?;
+    let mut found = at.load(mem).map_err(|_| GntStatus::GENERAL_ERROR)?;
     for _ in 0..TRIES {
         let e = Entry(found);
         if !e.permits(who, want) {
@@ -290,7 +288,7 @@ fn claim(
         if found | flags == found {
             return Ok(e);
         }
-        match direct::cmpxchg_u64(mem, m, off, found, found | flags) {
+        match at.cmpxchg(mem, found, found | flags) {
             Ok(v) if v == found => return Ok(e),
             Ok(v) => found = v,
             Err(_) => break,
@@ -300,9 +298,10 @@ fn claim(
 }
 
 /// Takes away the flags that `users` do not account for. Gives the entry as it was.
-fn tell(mem: &(impl HostMem + ?Sized), m: Mfn, off: usize, users: Users) -> Option<u64> {
+#[inline]
+fn tell(mem: &(impl HostMem + ?Sized), at: KnownWord, users: Users) -> Option<u64> {
     let all = u64::from(GTF_READING | GTF_WRITING);
-    direct::and_u64(mem, m, off, !(all & !users.flags())).ok()
+    at.and(mem, !(all & !users.flags())).ok()
 }
 
 /// The page a grant is for. Only the domain's own RAM can be granted: not device memory, not what it

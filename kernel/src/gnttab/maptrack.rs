@@ -8,7 +8,8 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 
 use galvan_base::hw::{HostMem, MemFault};
-use galvan_base::{Gfn, Mfn, direct};
+use galvan_base::direct::KnownWord;
+use galvan_base::{Gfn, Mfn};
 use galvan_dom0_proto::errno::GntStatus;
 
 use super::words::Words;
@@ -69,10 +70,7 @@ impl Mapping {
 
 /// Where a record is.
 #[derive(Clone, Copy)]
-struct Place {
-    frame: Mfn,
-    off: usize,
-}
+struct Place([KnownWord; 2]);
 
 /// Frames of Galvan's own: that they are not RAM does not happen, and would be found in debug builds.
 fn ours<T: Default>(r: Result<T, MemFault>) -> T {
@@ -83,19 +81,19 @@ fn ours<T: Default>(r: Result<T, MemFault>) -> T {
 impl Place {
     #[inline]
     fn get(self, mem: &(impl HostMem + ?Sized)) -> [u64; 2] {
-        [0, 8].map(|n| ours(direct::load_u64(mem, self.frame, self.off + n)))
+        self.0.map(|w| ours(w.load(mem)))
     }
 
     #[inline]
     fn put(self, mem: &(impl HostMem + ?Sized), w: [u64; 2]) {
-        ours(direct::store_u64(mem, self.frame, self.off, w[0]));
+        ours(self.0[0].store(mem, w[0]));
         self.put_state(mem, w[1]);
     }
 
     /// Changes the second word alone.
     #[inline]
     fn put_state(self, mem: &(impl HostMem + ?Sized), w: u64) {
-        ours(direct::store_u64(mem, self.frame, self.off + 8, w));
+        ours(self.0[1].store(mem, w));
     }
 }
 
@@ -155,8 +153,7 @@ impl Maptrack {
     /// Where a record is; its two words are side by side in one frame.
     #[inline]
     fn place(&self, handle: u32) -> Option<Place> {
-        let (frame, off) = self.records.place(handle as usize * 2)?;
-        Some(Place { frame, off })
+        self.records.pair(handle as usize * 2).map(Place)
     }
 
     fn put(&self, mem: &(impl HostMem + ?Sized), handle: u32, w: [u64; 2]) {
@@ -187,7 +184,7 @@ impl Maptrack {
             }
             None => {
                 if self.fresh as usize * 2 >= self.records.len() {
-                    let frames_now = self.records.frames().len();
+                    let frames_now = self.records.frames();
                     if frames_now >= self.max_frames as usize || self.records.grow(frames).is_err()
                     {
                         return Err(GntStatus::NO_DEVICE_SPACE);

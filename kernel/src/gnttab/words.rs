@@ -6,7 +6,8 @@
 use alloc::vec::Vec;
 
 use galvan_base::hw::{Exhausted, HostMem};
-use galvan_base::{Mfn, PAGE_SIZE, direct, nospec};
+use galvan_base::direct::{KnownPage, KnownWord};
+use galvan_base::{Mfn, PAGE_SIZE, nospec};
 
 use crate::mm::{FrameTable, Owner};
 
@@ -16,7 +17,7 @@ pub(super) const PER_FRAME: usize = PAGE_SIZE / 8;
 /// An array that grows by whole frames, zeroed.
 #[derive(Debug, Default)]
 pub(super) struct Words {
-    frames: Vec<Mfn>,
+    frames: Vec<KnownPage>,
 }
 
 impl Words {
@@ -24,8 +25,14 @@ impl Words {
         Words { frames: Vec::new() }
     }
 
-    pub(super) fn frames(&self) -> &[Mfn] {
-        &self.frames
+    /// How many frames it has.
+    pub(super) fn frames(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// One of them.
+    pub(super) fn frame(&self, idx: usize) -> Option<Mfn> {
+        self.frames.get(idx).map(KnownPage::mfn)
     }
 
     /// How many words there are.
@@ -35,35 +42,44 @@ impl Words {
 
     pub(super) fn grow(&mut self, frames: &FrameTable) -> Result<(), Exhausted> {
         self.frames.try_reserve(1).map_err(|_| Exhausted)?;
-        self.frames.push(frames.alloc_zeroed(Owner::Galvan)?);
+        self.frames
+            .push(KnownPage::new(frames.alloc_zeroed(Owner::Galvan)?));
         Ok(())
     }
 
-    /// Frame and byte offset of word `i`.
+    /// Word `i`.
     #[inline]
-    pub(super) fn place(&self, i: usize) -> Option<(Mfn, usize)> {
+    pub(super) fn at(&self, i: usize) -> Option<KnownWord> {
         let i = nospec::clamp(i, self.len())?;
-        let m = self.frames.get(i / PER_FRAME)?;
-        Some((*m, i % PER_FRAME * 8))
+        Some(self.frames.get(i / PER_FRAME)?.at(i % PER_FRAME * 8))
+    }
+
+    /// Word `i` of this and of `other`, which is at least as long.
+    #[inline]
+    pub(super) fn both(&self, other: &Words, i: usize) -> Option<(KnownWord, KnownWord)> {
+        let i = nospec::clamp(i, self.len())?;
+        let (frame, off) = (i / PER_FRAME, i % PER_FRAME * 8);
+        let (a, b) = (self.frames.get(frame)?, other.frames.get(frame)?);
+        Some((a.at(off), b.at(off)))
+    }
+
+    /// Words `i` and `i` + 1, where `i` is even.
+    #[inline]
+    pub(super) fn pair(&self, i: usize) -> Option<[KnownWord; 2]> {
+        let i = nospec::clamp(i, self.len())?;
+        let (page, off) = (self.frames.get(i / PER_FRAME)?, i % PER_FRAME * 8);
+        Some([page.at(off), page.at(off | 8)])
     }
 
     #[inline]
     pub(super) fn get(&self, mem: &(impl HostMem + ?Sized), i: usize) -> Option<u64> {
-        let (m, off) = self.place(i)?;
-        direct::load_u64(mem, m, off).ok()
-    }
-
-    /// Changes word `i`, which must exist.
-    #[inline]
-    pub(super) fn set(&self, mem: &(impl HostMem + ?Sized), i: usize, v: u64) {
-        let stored = self.place(i).map(|(m, off)| direct::store_u64(mem, m, off, v));
-        debug_assert!(matches!(stored, Some(Ok(()))), "word {i} of {}", self.len());
+        self.at(i)?.load(mem).ok()
     }
 
     /// Gives back the last frame; false if there is none. References to it that are left keep it
     /// from being reused.
     pub(super) fn shrink(&mut self, frames: &FrameTable) -> bool {
-        let Some(m) = self.frames.pop() else {
+        let Some(m) = self.frames.pop().map(|p| p.mfn()) else {
             return false;
         };
         if frames.release(m, 1, Owner::Galvan).is_err() {
