@@ -202,12 +202,23 @@ impl Table {
 
     /// The frame and the software type that the table has for a guest frame, and the size of the page
     /// or hole: [`Table::lookup`] for those who need no more.
-    #[inline]
+    #[inline(always)]
     pub fn peek<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn) -> (Mfn, u8, PageOrder) {
+        if gfn < Self::LIMIT
+            && let Some(table) = self.leaves.find(gfn)
+        {
+            let raw = ours(direct::load_u64(mem, table, offset(gfn, 0)));
+            return (self.format.frame(raw), self.format.decode_sw(raw), PageOrder::P4K);
+        }
+        self.peek_from_root(mem, gfn)
+    }
+
+    #[inline(never)]
+    fn peek_from_root<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn) -> (Mfn, u8, PageOrder) {
         if gfn >= Self::LIMIT {
             return (Mfn::new_truncate(0), 0, PageOrder::P1G);
         }
-        let Place { level, raw, .. } = self.walk(mem, gfn, 0);
+        let Place { level, raw, .. } = self.walk_from_root(mem, gfn, 0);
         let first = self.format.frame(raw);
         let mfn = if raw != 0 {
             Mfn::new_truncate(first.get() + (gfn.get() & (span(level) - 1)))

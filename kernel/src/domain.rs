@@ -111,7 +111,10 @@ pub struct Domain {
     pub claimed: AtomicU64,
     /// The frame of its shared info page.
     pub shared_info: Mfn,
-    /// The same, for the words of the event channels.
+    /// Writes are noticed ([`crate::lifecycle::LogDirty`], under whose lock this changes): on before the first page is
+    /// watched.
+    pub(crate) tracks_writes: AtomicBool,
+    /// The frame of `shared_info`, for the words of the event channels.
     pub(crate) shared_words: KnownPage,
     /// Event channels.
     pub evtchn: EventChannels,
@@ -416,6 +419,7 @@ impl Domain {
             claimed: AtomicU64::new(0),
             shared_info,
             shared_words: KnownPage::new(shared_info),
+            tracks_writes: AtomicBool::new(false),
             evtchn: EventChannels::new(&config),
             gnttab: GrantTable::new(&config),
             params: RankedLock::new(Default::default()),

@@ -28,6 +28,7 @@ mod tests;
 mod words;
 
 use alloc::sync::Arc;
+use core::sync::atomic::Ordering;
 
 use galvan_base::Gfn;
 use galvan_base::sync::{RankedLock, rank};
@@ -182,8 +183,16 @@ impl Peers {
 
 /// Somebody has written to a page of `d` that was looked up some time ago: if writes to it are to be noticed, this
 /// is one. The log is turned on before the first page becomes part of it.
+#[inline]
 pub(crate) fn note_write(hv: Hv, d: &Domain, gfn: Gfn) {
-    if !d.control.lock().log_dirty.on || d.p2m.lookup(gfn).ty != P2mType::LogDirty {
+    if d.tracks_writes.load(Ordering::SeqCst) {
+        note_tracked_write(hv, d, gfn);
+    }
+}
+
+#[cold]
+fn note_tracked_write(hv: Hv, d: &Domain, gfn: Gfn) {
+    if d.p2m.lookup(gfn).ty != P2mType::LogDirty {
         return;
     }
     if guest_access::note_write(hv, d, gfn).is_err() {
