@@ -111,8 +111,7 @@ pub struct Domain {
     pub claimed: AtomicU64,
     /// The frame of its shared info page.
     pub shared_info: Mfn,
-    /// Writes are noticed ([`crate::lifecycle::LogDirty`], under whose lock this changes): on before the first page is
-    /// watched.
+    /// The dirty log is on ([`crate::lifecycle::LogDirty::turn`]).
     pub(crate) tracks_writes: AtomicBool,
     /// The frame of `shared_info`, for the words of the event channels.
     pub(crate) shared_words: KnownPage,

@@ -55,6 +55,14 @@ pub struct LogDirty {
     pub dirty: u32,
 }
 
+impl LogDirty {
+    /// Turns the log of `d` on or off, emptied; `c` is the domain's own. Before the first page is watched.
+    pub(crate) fn turn(d: &Domain, c: &mut Control, on: bool) {
+        c.log_dirty = LogDirty { on, dirty: 0 };
+        d.tracks_writes.store(on, Ordering::SeqCst);
+    }
+}
+
 /// Checks what the toolstack asks for.
 fn config_of(c: &CreateDomain) -> Result<DomainConfig, Errno> {
     let check = |ok: bool, e: Errno| if ok { Ok(()) } else { Err(e) };

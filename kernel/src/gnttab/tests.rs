@@ -18,6 +18,7 @@ use proptest::prelude::*;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::*;
+use crate::lifecycle::LogDirty;
 use crate::hypercall::Outcome;
 use crate::mm::{FrameUse, Owner};
 use crate::p2m::P2mType;
@@ -581,7 +582,7 @@ fn writes_through_grants_are_noticed_while_dirtying_is_logged() {
             .unwrap();
         d1.finish(w.hv, c);
     };
-    d1.control.lock().log_dirty.on = true;
+    LogDirty::turn(&d1, &mut d1.control.lock(), true);
     let clean = |gfn| d1.p2m.lookup(g(gfn)).ty == P2mType::LogDirty;
     w.set_entry(&d1, 1, GTF_PERMIT_ACCESS, 0, 5);
     log(5);

@@ -6,7 +6,6 @@
 
 use alloc::sync::Arc;
 use core::ops::Range;
-use core::sync::atomic::Ordering;
 
 use galvan_base::{Gfn, PageOrder};
 use galvan_dom0_proto::domctl::*;
@@ -98,8 +97,7 @@ fn switch(cx: &Cx<'_>, d: &Arc<Domain>, on: bool) -> Result<Step, Errno> {
             };
         }
         if c.log_dirty.on != on {
-            c.log_dirty = LogDirty { on, dirty: 0 };
-            d.tracks_writes.store(on, Ordering::SeqCst);
+            LogDirty::turn(d, &mut c, on);
             c.progress = None;
         }
     }
