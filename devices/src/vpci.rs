@@ -386,27 +386,53 @@ impl Vpci {
         effects
     }
 
-    /// The answer to [`Effect::MapBars`]: the frames are mapped, or the caller refuses. Without a
-    /// request it does nothing.
+    /// The answer to [`Effect::MapBars`]: the frames are mapped, or the caller refuses, having mapped some of them or
+    /// none. What is mapped for a request that something else has ended meanwhile is to be unmapped.
     #[must_use]
     pub fn bars_mapped<H: PciHw + ?Sized>(&mut self, hw: &H, dev: Sbdf, accepted: bool) -> Effects {
         let mut effects = Effects::new();
         let Some(f) = self.functions.get_mut(&dev) else {
             return effects;
         };
+        let mut used = false;
         if f.memory == Gate::Pending {
             f.memory = if accepted { Gate::On } else { Gate::Off };
             f.set_device_memory(hw, accepted);
             if accepted {
                 self.trap(hw, dev, &mut effects);
+                used = true;
             }
         } else if f.rom_gate == Gate::Pending {
-            f.rom_gate = if accepted { Gate::On } else { Gate::Off };
-            if accepted {
+            let on = accepted && f.memory == Gate::On;
+            f.rom_gate = if on { Gate::On } else { Gate::Off };
+            if on {
                 f.set_device_rom(hw);
+                used = true;
             }
         }
+        if !used {
+            self.unmap_unused(dev, &mut effects);
+        }
         effects
+    }
+
+    /// Unmaps what may be mapped of a function's BARs and no function decodes.
+    fn unmap_unused(&self, dev: Sbdf, effects: &mut Effects) {
+        let Some(f) = self.functions.get(&dev) else {
+            return;
+        };
+        let mut frames = FrameSet::default();
+        frames.extend(f.bars.iter().chain(&f.rom).filter_map(Bar::frames));
+        frames.remove_all(&self.windows_of_others(dev));
+        if f.memory == Gate::On {
+            frames.remove_all(&f.window());
+        }
+        if !frames.is_empty() {
+            effects.push(Effect::UnmapBars {
+                dev,
+                frames: frames.into_ranges(),
+            });
+        }
     }
 
     /// The answer to [`Effect::MsiBind`]: the host interrupts, as many as asked for; none if there
@@ -470,14 +496,20 @@ impl Vpci {
     }
 
     /// Memory decoding has begun: what is trapped becomes so, also where it lies in a frame of
-    /// another function's BAR.
+    /// another function's BAR, and where another that has begun since the frames were asked for traps
+    /// what lies in this one's.
     fn trap<H: PciHw + ?Sized>(&mut self, hw: &H, dev: Sbdf, effects: &mut Effects) {
         self.index_trapped();
         let others = self.windows_of_others(dev);
+        let mut theirs = FrameSet::default();
+        for f in self.functions.values().filter(|f| f.dev != dev && f.memory == Gate::On) {
+            theirs.extend(f.trapped_frames().into_ranges());
+        }
         let Some(f) = self.functions.get_mut(&dev) else {
             return;
         };
-        let shared = f.trapped_frames().intersection(&others);
+        let mut shared = f.trapped_frames().intersection(&others);
+        shared.extend(f.window().intersection(&theirs).into_ranges());
         if !shared.is_empty() {
             effects.push(Effect::UnmapBars {
                 dev,

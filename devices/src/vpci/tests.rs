@@ -643,12 +643,15 @@ fn a_bar_over_ram_is_refused_and_stays_undecoded() {
     w.write(NVME, 0x14, 4, 0);
     w.write(NVME, 0x10, 4, 0x0100_0000);
     w.write(NVME, 4, 2, 0x103);
-    let Some(Effect::MapBars { trapped, .. }) = w.log.last() else {
+    let [.., Effect::MapBars { trapped, .. }, Effect::UnmapBars { frames, .. }] = &w.log[..] else {
         panic!("{:?}", w.log)
     };
-    let frame = |n| Mfn::new(n).unwrap();
-    let (start, count) = (frame(0x1002), 2);
-    assert_eq!(trapped[..], [Frames { start, count }], "to be checked also");
+    let run = |n, count| Frames {
+        start: Mfn::new(n).unwrap(),
+        count,
+    };
+    assert_eq!(trapped[..], [run(0x1002, 2)], "to be checked also");
+    assert_eq!(frames[..], [run(0x1000, 4)], "what the caller may have mapped before it refused");
     assert_eq!(w.read(NVME, 4, 2) & 2, 0);
     assert_eq!(w.vpci.trapped_at(Gpa::new(0x0100_2000).unwrap()), None);
     // Nothing is written to the table at that address when MSI-X is enabled.
@@ -667,6 +670,42 @@ fn refused_at_boot_means_decoding_is_turned_off() {
     };
     let w = World::with(machine, policy);
     assert_eq!(w.hw.hw(AHCI, 4, 2) & 2, 0);
+    w.check();
+}
+
+#[test]
+fn a_table_is_trapped_at_boot_where_the_bar_of_a_function_found_later_lies_over_it() {
+    let mut machine = q35();
+    let nvme = machine.get_mut(&NVME).unwrap();
+    nvme.set(0x10, 4, 0xc130_0004);
+    nvme.set(0x14, 4, 0);
+    machine.get_mut(&AHCI).unwrap().set(0x24, 4, 0xc130_2000);
+    let policy = Policy {
+        ats: false,
+        msi_vectors: 1,
+    };
+    let w = World::with(machine, policy);
+    assert!(w.vpci.trapped_at(Gpa::new(0xc130_2000).unwrap()).is_some());
+    assert!(w.maps(0xc130_0000, 0x2000) && w.maps_nothing_of(0xc130_2000, 0x2000));
+    w.check();
+}
+
+#[test]
+fn nothing_stays_mapped_for_a_request_that_was_answered_before() {
+    let mut w = World::new();
+    let effects = w.vpci.device_remove(AHCI).unwrap();
+    w.act(effects);
+    // The device still decodes: being found again asks for its BAR, and so does the write.
+    let effects = w.vpci.write(&w.hw, AHCI, 4, 2, 0x107);
+    let [Effect::MapBars { .. }, Effect::MapBars { frames, .. }] = &effects[..] else {
+        panic!("{effects:?}")
+    };
+    let more = w.vpci.bars_mapped(&w.hw, AHCI, false);
+    w.act(more);
+    w.mapped.extend(frames.iter().flat_map(|f| f.start.get()..f.end()));
+    let more = w.vpci.bars_mapped(&w.hw, AHCI, true);
+    w.act(more);
+    assert!(w.maps_nothing_of(AHCI_BAR, 0x1000));
     w.check();
 }
 

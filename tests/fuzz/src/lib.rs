@@ -8,6 +8,7 @@ mod files;
 mod hypercalls;
 mod instructions;
 mod scratch;
+mod vpci;
 
 pub use bytes::Bytes;
 pub use scratch::Scratch;
@@ -39,6 +40,11 @@ pub const TARGETS: &[Target] = &[
         name: "instructions",
         about: "the instruction decoder, beside iced-x86",
         run: instructions::run,
+    },
+    Target {
+        name: "vpci",
+        about: "virtual PCI of a hardware domain over devices whose registers are anything",
+        run: vpci::run,
     },
     Target {
         name: "kernels",
