@@ -14,7 +14,11 @@ use galvan_devices::vpci::{Effect, Frames, PciHw, Policy, Vpci};
 use crate::Bytes;
 
 const ECAM: u64 = 0xb000_0000;
-const FUNCTIONS: [Sbdf; 3] = [Sbdf::new(0, 0, 0x10), Sbdf::new(0, 0, 0x18), Sbdf::new(0, 1, 0)];
+const FUNCTIONS: [Sbdf; 3] = [
+    Sbdf::new(0, 0, 0x10),
+    Sbdf::new(0, 0, 0x18),
+    Sbdf::new(0, 1, 0),
+];
 
 /// A function as the bus sees it.
 struct Device {
@@ -100,7 +104,11 @@ impl PciHw for Machine {
         let word = |at| u64::from(self.memory.borrow().get(&at).copied().unwrap_or(0));
         let v = word(a.get() & !3) | word((a.get() & !3) + 4) << 32;
         let v = v >> (8 * (a.get() & 3));
-        if size >= 8 { v } else { v & ((1 << (8 * size)) - 1) }
+        if size >= 8 {
+            v
+        } else {
+            v & ((1 << (8 * size)) - 1)
+        }
     }
 
     fn device_write(&self, a: Mpa, size: u8, value: u64) {
@@ -170,7 +178,10 @@ impl Caller {
     }
 
     fn take_back(&mut self, index: u32) {
-        assert!(self.given.remove(&index), "host interrupt {index} is given back, and was not given");
+        assert!(
+            self.given.remove(&index),
+            "host interrupt {index} is given back, and was not given"
+        );
     }
 
     /// Does what is asked for, or refuses it.
@@ -185,7 +196,9 @@ impl Caller {
                     }
                     left.extend(v.bars_mapped(hw, dev, yes));
                 }
-                Effect::UnmapBars { frames, .. } => frames.iter().for_each(|f| self.mapped.remove(f)),
+                Effect::UnmapBars { frames, .. } => {
+                    frames.iter().for_each(|f| self.mapped.remove(f))
+                }
                 Effect::MsiBind { dev, count, .. } => {
                     assert!(count.is_power_of_two() && count <= 32);
                     let n = if b.below(4) == 0 { 0 } else { count };
@@ -204,7 +217,9 @@ impl Caller {
                     assert!(targets.iter().all(|t| self.given.contains(t)));
                 }
                 Effect::MsixUpdate { target, .. } => assert!(self.given.contains(&target)),
-                Effect::MsiUnbind { targets, .. } => targets.into_iter().for_each(|t| self.take_back(t)),
+                Effect::MsiUnbind { targets, .. } => {
+                    targets.into_iter().for_each(|t| self.take_back(t))
+                }
                 Effect::MsixUnbind { target, .. } => self.take_back(target),
             }
         }
@@ -217,7 +232,11 @@ pub fn run(data: &[u8]) {
     let b = &mut bytes;
     let ats = b.below(2) == 0;
     let msi_vectors = b.pick(&[1, 8, 32]);
-    let read_only: &[Sbdf] = if b.below(4) == 0 { &FUNCTIONS[1..2] } else { &[] };
+    let read_only: &[Sbdf] = if b.below(4) == 0 {
+        &FUNCTIONS[1..2]
+    } else {
+        &[]
+    };
     let hw = Machine {
         devices: RefCell::new(FUNCTIONS.iter().map(|f| (*f, Device::new(b))).collect()),
         memory: RefCell::default(),
@@ -235,7 +254,9 @@ pub fn run(data: &[u8]) {
         caller.act(&mut v, &hw, effects, b);
     }
     // Where MSI, MSI-X, BARs and the command are, more often than elsewhere.
-    let registers = [4u16, 0x10, 0x14, 0x18, 0x20, 0x30, 0x40, 0x42, 0x44, 0x48, 0x4c, 0x50, 0x62];
+    let registers = [
+        4u16, 0x10, 0x14, 0x18, 0x20, 0x30, 0x40, 0x42, 0x44, 0x48, 0x4c, 0x50, 0x62,
+    ];
     while !b.is_empty() {
         let dev = b.pick(&FUNCTIONS);
         let size = b.pick(&[1u8, 2, 4, 4, 3]);
@@ -244,7 +265,9 @@ pub fn run(data: &[u8]) {
                 let _ = v.device_remove(dev).map(|e| caller.act(&mut v, &hw, e, b));
             }
             1 => {
-                let _ = v.device_add(&hw, dev).map(|e| caller.act(&mut v, &hw, e, b));
+                let _ = v
+                    .device_add(&hw, dev)
+                    .map(|e| caller.act(&mut v, &hw, e, b));
             }
             2 => {
                 let reg = b.u16() % 4100;
@@ -284,7 +307,18 @@ pub fn run(data: &[u8]) {
             }
             _ => {
                 let reg = b.pick(&registers);
-                let value = b.pick(&[0, 1, 2, 3, 6, 0x1_0000, 0x8000_0000, 0x11_0000, !0, 0xfee0_1000]);
+                let value = b.pick(&[
+                    0,
+                    1,
+                    2,
+                    3,
+                    6,
+                    0x1_0000,
+                    0x8000_0000,
+                    0x11_0000,
+                    !0,
+                    0xfee0_1000,
+                ]);
                 let effects = v.write(&hw, dev, reg, size, value);
                 caller.act(&mut v, &hw, effects, b);
             }
@@ -294,6 +328,14 @@ pub fn run(data: &[u8]) {
         let effects = v.device_remove(dev).expect("a function that it named");
         caller.act(&mut v, &hw, effects, b);
     }
-    assert!(caller.mapped.0.is_empty(), "{:x?} are mapped for nobody", caller.mapped.0);
-    assert!(caller.given.is_empty(), "{:?} are bound for nobody", caller.given);
+    assert!(
+        caller.mapped.0.is_empty(),
+        "{:x?} are mapped for nobody",
+        caller.mapped.0
+    );
+    assert!(
+        caller.given.is_empty(),
+        "{:?} are bound for nobody",
+        caller.given
+    );
 }
