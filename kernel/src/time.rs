@@ -178,11 +178,14 @@ impl Runstate {
 }
 
 /// Writes the runstate area of the vCPU that runs here.
+#[inline]
 pub fn write_runstate(cx: &mut Cx<'_>) {
-    let a = cx.st.runstate_area;
-    if a == 0 {
-        return;
+    if cx.st.runstate_area != 0 {
+        write_runstate_at(cx, cx.st.runstate_area);
     }
+}
+
+fn write_runstate_at(cx: &mut Cx<'_>, a: u64) {
     let mut r = cx.st.runstate.snapshot();
     if cx.dom.runstate_update_flag.load(Ordering::Relaxed) {
         // Others of the domain read it too: the flag says that the rest is changing.

@@ -54,15 +54,24 @@ impl TimerQueues {
     }
 
     /// Wakes all that are due on `cpu`, the caller; `now` is the time if that is known.
-    #[inline]
+    #[inline(always)]
     pub fn expire(&self, hv: Hv, cpu: CpuId, now: Option<u64>) {
-        let Some(first) = self.0.first(cpu) else { return };
-        let now = now.unwrap_or_else(|| hv.hw.now_ns());
-        if first > now {
-            return;
+        if let Some(first) = self.0.first(cpu) {
+            self.wake_due(hv, cpu, first, now);
         }
-        while let Some(v) = self.0.pop_due(cpu, now) {
+    }
+
+    fn wake_due(&self, hv: Hv, cpu: CpuId, mut first: u64, now: Option<u64>) {
+        let now = now.unwrap_or_else(|| hv.hw.now_ns());
+        while first <= now {
+            let Some(v) = self.0.pop_due(cpu, now) else {
+                return;
+            };
             v.unblock_at(hv, block::HALTED | block::POLLING, now);
+            match self.0.first(cpu) {
+                Some(next) => first = next,
+                None => return,
+            }
         }
     }
 

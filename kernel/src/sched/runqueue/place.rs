@@ -222,7 +222,11 @@ impl<E: Entity> RunQueues<E> {
         now: u64,
         kicks: &mut CpuSet,
     ) {
-        let head = inner.head(1 << bit);
+        let head = if inner.ready.is_empty() {
+            None
+        } else {
+            inner.head(1 << bit)
+        };
         let (waiting, cpus, busy) = (inner.ready.len(), q.cpus.len(), inner.busy);
         let Some(run) = inner.run(bit) else { return };
         let Some(h) = head else {
@@ -312,10 +316,14 @@ impl<E: Entity> RunQueues<E> {
     }
 
     /// Queues those parked units that the CPU looks after and whose period has come.
+    #[inline]
     pub(super) fn unpark(&self, at: At<'_, E>, inner: &mut Inner<E>, bit: u32, kicks: &mut CpuSet) {
-        if inner.run(bit).is_none_or(|r| at.now < r.unpark_at) {
-            return;
+        if inner.run(bit).is_some_and(|r| at.now >= r.unpark_at) {
+            self.unpark_due(at, inner, bit, kicks);
         }
+    }
+
+    fn unpark_due(&self, at: At<'_, E>, inner: &mut Inner<E>, bit: u32, kicks: &mut CpuSet) {
         while let Some(i) = inner
             .parked
             .iter()
