@@ -7,7 +7,8 @@ use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::{Exhausted, HostMem, MemFault};
-use galvan_base::{Gfn, Mfn, PageOrder, direct};
+use galvan_base::direct::KnownWord;
+use galvan_base::{Gfn, Mfn, Mpa, PageOrder, direct};
 
 use crate::pte::{Slot, order_of};
 use crate::{Attrs, Budget, Entry, Format, PendingFlush, TableAlloc};
@@ -125,6 +126,7 @@ fn ours<T>(r: Result<T, MemFault>) -> T {
 pub struct Single {
     table: Mfn,
     off: usize,
+    word: KnownWord,
     raw: u64,
     /// The frame, for types that have one.
     pub mfn: Mfn,
@@ -230,19 +232,33 @@ impl Table {
 
     /// The entry for a guest frame, if that lies in a table of single pages: for those who look and then
     /// change, while nobody else changes the table.
-    #[inline]
+    #[inline(always)]
     pub fn single<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn) -> Option<Single> {
         if gfn >= Self::LIMIT {
             return None;
         }
-        let Place { table, level, raw } = self.walk(mem, gfn, 0);
-        (level == 0).then(|| Single {
+        let table = match self.leaves.find(gfn) {
+            Some(table) => table,
+            None => self.leaf_table(mem, gfn)?,
+        };
+        let off = offset(gfn, 0);
+        let word = KnownWord::new(Mpa::new_truncate(table.addr().get() | off as u64));
+        let raw = ours(word.load(mem));
+        Some(Single {
             table,
-            off: offset(gfn, 0),
+            off,
+            word,
             raw,
             mfn: self.format.frame(raw),
             sw: self.format.decode_sw(raw),
         })
+    }
+
+    /// The table of single pages that a guest frame lies in, if there is one.
+    #[inline(never)]
+    fn leaf_table<M: HostMem + ?Sized>(&self, mem: &M, gfn: Gfn) -> Option<Mfn> {
+        let Place { table, level, .. } = self.walk_from_root(mem, gfn, 0);
+        (level == 0).then_some(table)
     }
 
     /// What [`Table::set_single`] can put into entries: a page with these attributes, or, if they do not
@@ -266,7 +282,14 @@ impl Table {
             0 => 0,
             bits => bits | mfn.addr().get(),
         };
-        self.put(env, at.table, at.off, at.raw, new, pending);
+        if at.raw == 0 && new == 0 {
+            return;
+        }
+        ours(at.word.store(env.mem(), new));
+        env.written(at.table, at.off, 8);
+        if self.takes_away(at.raw, new, 0) {
+            pending.require();
+        }
     }
 
     /// Changes an entry of level 0.
