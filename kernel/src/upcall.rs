@@ -181,9 +181,25 @@ fn show(st: &mut VcpuState, delivers: bool) {
     } else {
         VirtualApic::None
     };
+    // As mostly: nothing was written since, no interrupt was there then or has come since.
+    let idle = st.lapic.is_idle().then_some(does);
+    if idle.is_some()
+        && idle == st.shown_idle
+        && !st.shown_stale
+        && (does == VirtualApic::None || st.hw.lent_is_empty())
+    {
+        (st.lent, st.shown) = (does, true);
+        return;
+    }
+    show_all(st, does);
+    st.shown_idle = idle;
+}
+
+#[inline(never)]
+fn show_all(st: &mut VcpuState, does: VirtualApic) {
     let (in_service, ends) = st.lapic.in_service();
     let (waiting, mut exits) = st.lapic.waiting();
-    if !delivers {
+    if does != VirtualApic::Delivers {
         exits.iter_mut().zip(ends).for_each(|(e, end)| *e |= end);
     }
     let registers = st.shown_stale.then(|| st.lapic.registers());

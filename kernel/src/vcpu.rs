@@ -143,6 +143,8 @@ pub struct VcpuState {
     pub shown: bool,
     /// Registers of `lapic` that only the guest's writes change are not as they were shown last.
     pub shown_stale: bool,
+    /// It was shown without interrupts last, and what the processor was to do with those.
+    pub shown_idle: Option<VirtualApic>,
     /// Deadlines.
     pub timers: VcpuTimers,
     /// HLT or SCHEDOP_block is in effect: do not enter before an interrupt can be taken.
@@ -243,6 +245,7 @@ impl Vcpu {
                 shows_apic: hw.shows_apic(),
                 shown: false,
                 shown_stale: true,
+                shown_idle: None,
                 hw,
                 lapic,
                 timers: VcpuTimers::default(),

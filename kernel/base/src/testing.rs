@@ -1264,6 +1264,10 @@ impl HwVcpu for FakeVcpu {
         (lent.waiting, lent.in_service)
     }
 
+    fn lent_is_empty(&self) -> bool {
+        self.lent_interrupts() == Default::default()
+    }
+
     fn posting(&self) -> Option<Arc<dyn Posting>> {
         let inner = self.inner();
         let posting: Arc<dyn Posting> = inner.posting.clone();

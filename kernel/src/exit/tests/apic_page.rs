@@ -314,3 +314,23 @@ fn without_memory_for_tables_accesses_are_emulated() {
     assert_eq!(s.fault(APIC_PAGE + 0x30, false), Next::Resume);
     assert_eq!((mapped(&s), s.rip(), s.reg(RAX)), (false, CODE + 2, 0x50014));
 }
+
+#[test]
+fn an_interrupt_that_came_and_went_otherwise_does_not_stay_shown() {
+    let s = setting(VirtualApic::Delivers);
+    stay(&s, |_| {});
+    stay(&s, |_| {});
+    // The processor has taken one in and delivered it; its end is emulated.
+    stay(&s, |hw| hw.send_to_self(0x41));
+    lapic(&s, |st| st.lapic.accept(0x41));
+    s.w.with_cx(1, 0, |cx| apic::mmio_write(cx, EOI.into(), 4, 0));
+    stay(&s, |hw| assert_eq!((hw.page(IRR2), hw.page(ISR2)), (Some(0), Some(0))));
+    // And one that is posted and ends while nothing changes in between.
+    stay(&s, |_| {});
+    post(&s, 0x58, true);
+    stay(&s, |hw| {
+        assert_eq!(hw.page(TMR2), Some(1 << 24));
+        assert_eq!(hw.end_interrupt(), Some(0x58));
+    });
+    stay(&s, |hw| assert_eq!((hw.page(ISR2), hw.lent().unwrap().exits), (Some(0), [0; 4])));
+}
