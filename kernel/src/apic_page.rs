@@ -57,7 +57,9 @@ impl ApicPage {
     /// vCPU whose processor answers it then.
     #[cold]
     pub fn map(&self, hv: Hv, d: &Domain) -> bool {
-        let Some(mfn) = hv.hw.apic_access_page() else { return false };
+        let Some(mfn) = hv.hw.apic_access_page() else {
+            return false;
+        };
         if self.refused.load(Ordering::Relaxed) || !all_xapic(d) {
             return false;
         }

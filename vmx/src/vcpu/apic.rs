@@ -89,7 +89,10 @@ impl<C: Cpu> Vcpu<C> {
     /// [`HwVcpu::show_apic`].
     pub(super) fn write_apic(&mut self, s: &Shown<'_>) {
         if self.on.is_none() || self.vmx.apic_access.is_none() || s.does > self.virtual_apic() {
-            debug_assert!(false, "a local APIC shown to a processor that has no use for it");
+            debug_assert!(
+                false,
+                "a local APIC shown to a processor that has no use for it"
+            );
             return;
         }
         let interrupts = s.does != VirtualApic::None;
@@ -120,7 +123,11 @@ impl<C: Cpu> Vcpu<C> {
 
     /// [`HwVcpu::shown_apic`].
     pub(super) fn tpr_and_icr(&self) -> (u8, u64) {
-        let get = |at: usize| self.apic.get(at).map_or(0, |w| w.load(Relaxed) & 0xffff_ffff);
+        let get = |at: usize| {
+            self.apic
+                .get(at)
+                .map_or(0, |w| w.load(Relaxed) & 0xffff_ffff)
+        };
         (get(TPR_WORD) as u8, get(ICR2_WORD) << 32 | get(ICR_WORD))
     }
 
@@ -208,4 +215,3 @@ fn highest(vectors: [u64; 4]) -> u8 {
     let word = (0..).zip(vectors).filter(|(_, w)| *w != 0).last();
     word.map_or(0, |(n, w)| n * 64 + 63 - w.leading_zeros() as u8)
 }
-

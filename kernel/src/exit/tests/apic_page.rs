@@ -95,9 +95,19 @@ fn what_is_shown_is_what_is_emulated() {
             all
         });
         let get = |o: u16| want.iter().find(|(at, _)| *at == o).unwrap().1;
-        assert_eq!((get(0x30), get(SVR), get(TPR), get(TMICT)), (0x50014, 0x1ff, 0x2f, 12345));
-        assert_eq!((get(LINT0), get(0xd0)), (0x1_a7ff, 0x0200_0000), "without what cannot be set");
-        assert_eq!((get(IRR2), get(TMR2), get(ISR2)), (1 << 1 | 1 << 18, 1 << 1, 0));
+        assert_eq!(
+            (get(0x30), get(SVR), get(TPR), get(TMICT)),
+            (0x50014, 0x1ff, 0x2f, 12345)
+        );
+        assert_eq!(
+            (get(LINT0), get(0xd0)),
+            (0x1_a7ff, 0x0200_0000),
+            "without what cannot be set"
+        );
+        assert_eq!(
+            (get(IRR2), get(TMR2), get(ISR2)),
+            (1 << 1 | 1 << 18, 1 << 1, 0)
+        );
         stay(&s, |hw| {
             for (offset, v) in &want {
                 assert_eq!(hw.page(*offset), Some(*v), "{does:?} {offset:#x}");
@@ -116,7 +126,10 @@ fn what_the_guest_changes_without_an_exit_counts() {
         hw.send_to_self(0x61);
     });
     lapic(&s, |st| {
-        assert_eq!((st.lapic.tpr(), st.lapic.highest_pending()), (0x33, Some(0x61)));
+        assert_eq!(
+            (st.lapic.tpr(), st.lapic.highest_pending()),
+            (0x33, Some(0x61))
+        );
         let read = |st: &mut VcpuState, o: u16| st.lapic.mmio_read(o.into(), 4, Default::default);
         assert_eq!((read(st, ICR), read(st, ICR2)), (0x4_0061, 0x0700_0000));
     });
@@ -132,8 +145,12 @@ fn an_end_of_interrupt_that_is_left_to_others_is_short() {
     stay(&s, |_| {});
     stay(&s, |hw| assert_eq!(hw.page(ISR2), Some(1 << 1)));
     write(&s, EOI, 0x1234_5678);
-    s.w.with_cx(1, 0, |cx| assert!(!cx.st.shown_stale, "nothing is to be shown anew"));
-    stay(&s, |hw| assert_eq!((hw.page(ISR2), hw.page(EOI)), (Some(0), Some(0))));
+    s.w.with_cx(1, 0, |cx| {
+        assert!(!cx.st.shown_stale, "nothing is to be shown anew")
+    });
+    stay(&s, |hw| {
+        assert_eq!((hw.page(ISR2), hw.page(EOI)), (Some(0), Some(0)))
+    });
 }
 
 #[test]
@@ -141,7 +158,11 @@ fn a_processor_that_only_ends_interrupts_is_told_which_ends_matter() {
     let s = setting(VirtualApic::Ends);
     post(&s, 0x41, false);
     stay(&s, |_| {});
-    assert_eq!(s.hw(1, 0).take_delivered(), [Event::Interrupt(0x41)], "injected");
+    assert_eq!(
+        s.hw(1, 0).take_delivered(),
+        [Event::Interrupt(0x41)],
+        "injected"
+    );
     stay(&s, |hw| {
         assert_eq!(hw.lent().unwrap().exits, [0; 4]);
         assert_eq!(hw.end_interrupt(), None);
@@ -182,7 +203,12 @@ fn an_apic_that_software_has_disabled_gets_no_interrupts_from_the_processor() {
     for does in [VirtualApic::Ends, VirtualApic::Delivers] {
         let s = setting(does);
         write(&s, SVR, 0xff);
-        stay(&s, |hw| assert_eq!((hw.shown(), hw.page(SVR)), (Some(VirtualApic::None), Some(0xff))));
+        stay(&s, |hw| {
+            assert_eq!(
+                (hw.shown(), hw.page(SVR)),
+                (Some(VirtualApic::None), Some(0xff))
+            )
+        });
         write(&s, SVR, 0x3ff);
         stay(&s, |hw| assert_eq!(hw.shown(), Some(does)));
     }
@@ -212,7 +238,9 @@ fn an_ipi_is_sent_by_the_exit_of_its_write() {
         crate::run::serve_requests(cx);
         assert_eq!(cx.st.lapic.highest_pending(), Some(0xd1));
     });
-    stay(&s, |hw| assert_eq!((hw.page(ICR), hw.page(ICR2)), (Some(0xd1), Some(2 << 24))));
+    stay(&s, |hw| {
+        assert_eq!((hw.page(ICR), hw.page(ICR2)), (Some(0xd1), Some(2 << 24)))
+    });
 }
 
 #[test]
@@ -239,7 +267,10 @@ fn the_page_is_mapped_at_the_first_access_and_emulated_where_the_processor_asks(
     }
     assert!(!s.w.try_put(1, APIC_PAGE, &0u32));
     let fetch = FaultKind::FETCH | FaultKind::PRESENT;
-    assert!(matches!(s.exit(access_of(APIC_PAGE, fetch)), Next::Crash(_)));
+    assert!(matches!(
+        s.exit(access_of(APIC_PAGE, fetch)),
+        Next::Crash(_)
+    ));
 }
 
 #[test]
@@ -256,11 +287,23 @@ fn a_vcpu_in_another_mode_never_finds_the_page_as_memory() {
         assert!(prepare_entry(cx));
     });
     assert!(!mapped(&s));
-    assert!(s.w.dom(1).flush_epoch.load(Ordering::SeqCst) > epoch, "translations are gone");
+    assert!(
+        s.w.dom(1).flush_epoch.load(Ordering::SeqCst) > epoch,
+        "translations are gone"
+    );
     assert_eq!(s.hw(1, 1).shown(), None);
     assert_eq!(s.fault(APIC_PAGE + 0x30, false), Next::Resume);
-    assert_eq!((mapped(&s), s.rip(), s.reg(RAX)), (false, CODE + 2, 0x50014));
-    stay(&s, |hw| assert_eq!(hw.shown(), Some(VirtualApic::Delivers), "for CR8 and interrupts"));
+    assert_eq!(
+        (mapped(&s), s.rip(), s.reg(RAX)),
+        (false, CODE + 2, 0x50014)
+    );
+    stay(&s, |hw| {
+        assert_eq!(
+            hw.shown(),
+            Some(VirtualApic::Delivers),
+            "for CR8 and interrupts"
+        )
+    });
     // Off, and on again.
     s.w.with_cx(1, 1, |cx| {
         apic::wrmsr(cx, APIC_BASE, 0xfee0_0000).unwrap();
@@ -300,7 +343,11 @@ fn what_is_mapped_at_the_page_by_others_counts() {
     });
     assert_eq!(d.p2m.lookup(gfn()).ty, P2mType::Ram, "not the APIC's page");
     let mut c = d.p2m.changes();
-    c.remove(&mut (gfn()..Gfn::new_truncate(gfn().get() + 1)), &mut Budget::new(9)).unwrap();
+    c.remove(
+        &mut (gfn()..Gfn::new_truncate(gfn().get() + 1)),
+        &mut Budget::new(9),
+    )
+    .unwrap();
     d.finish(s.w.hv, c);
     assert_eq!(d.p2m.lookup(gfn()).ty, P2mType::None);
 }
@@ -312,7 +359,10 @@ fn without_memory_for_tables_accesses_are_emulated() {
     s.code(&[0x8b, 0x07]);
     s.set_reg(RDI, APIC_PAGE + 0x30);
     assert_eq!(s.fault(APIC_PAGE + 0x30, false), Next::Resume);
-    assert_eq!((mapped(&s), s.rip(), s.reg(RAX)), (false, CODE + 2, 0x50014));
+    assert_eq!(
+        (mapped(&s), s.rip(), s.reg(RAX)),
+        (false, CODE + 2, 0x50014)
+    );
 }
 
 #[test]
@@ -324,7 +374,9 @@ fn an_interrupt_that_came_and_went_otherwise_does_not_stay_shown() {
     stay(&s, |hw| hw.send_to_self(0x41));
     lapic(&s, |st| st.lapic.accept(0x41));
     s.w.with_cx(1, 0, |cx| apic::mmio_write(cx, EOI.into(), 4, 0));
-    stay(&s, |hw| assert_eq!((hw.page(IRR2), hw.page(ISR2)), (Some(0), Some(0))));
+    stay(&s, |hw| {
+        assert_eq!((hw.page(IRR2), hw.page(ISR2)), (Some(0), Some(0)))
+    });
     // And one that is posted and ends while nothing changes in between.
     stay(&s, |_| {});
     post(&s, 0x58, true);
@@ -332,5 +384,7 @@ fn an_interrupt_that_came_and_went_otherwise_does_not_stay_shown() {
         assert_eq!(hw.page(TMR2), Some(1 << 24));
         assert_eq!(hw.end_interrupt(), Some(0x58));
     });
-    stay(&s, |hw| assert_eq!((hw.page(ISR2), hw.lent().unwrap().exits), (Some(0), [0; 4])));
+    stay(&s, |hw| {
+        assert_eq!((hw.page(ISR2), hw.lent().unwrap().exits), (Some(0), [0; 4]))
+    });
 }

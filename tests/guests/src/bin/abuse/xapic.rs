@@ -108,7 +108,11 @@ impl Check<'_> {
         let before = ALL.map(rd);
         wr(at, written);
         self.reads(at, expected, "as written");
-        for (at, before) in ALL.iter().zip(before).filter(|(a, _)| **a != at && !follows(**a)) {
+        for (at, before) in ALL
+            .iter()
+            .zip(before)
+            .filter(|(a, _)| **a != at && !follows(**a))
+        {
             self.reads(*at, before, "another was written");
         }
     }
@@ -124,8 +128,8 @@ impl Check<'_> {
 const ALL: [u64; 45] = {
     let mut all = [ID; 45];
     let some = [
-        ID, VERSION, TPR, APR, PPR, EOI, LDR, DFR, SVR, ESR, ICR, ICR2, TIMER, 0x330, 0x340, LINT0, 0x360,
-        ERROR, TMICT, DCR, 0x24,
+        ID, VERSION, TPR, APR, PPR, EOI, LDR, DFR, SVR, ESR, ICR, ICR2, TIMER, 0x330, 0x340, LINT0,
+        0x360, ERROR, TMICT, DCR, 0x24,
     ];
     let mut n = 0;
     while n < some.len() {
@@ -191,7 +195,8 @@ fn registers(c: &mut Check<'_>) {
         c.reads(TPR, cr8 << 4, "TPR of the CR8");
     }
     // All 64 bits at once count for the first 32.
-    let _ = guarded!("mov [{at}], {v}"; at = in(reg) PAGE + TPR, v = in(reg) 0x1234_5678_0000_002bu64);
+    let _ =
+        guarded!("mov [{at}], {v}"; at = in(reg) PAGE + TPR, v = in(reg) 0x1234_5678_0000_002bu64);
     c.reads(TPR, 0x2b, "written by a move of 64 bits");
     c.keeps(TPR, 0xffff_ff00, 0);
     for (at, written, expected) in [
@@ -339,7 +344,11 @@ fn timer(c: &mut Check<'_>) {
             break;
         }
     }
-    c.v.check(first <= 0x4000_0000 && later < first && later != 0, "the timer's count", later.into());
+    c.v.check(
+        first <= 0x4000_0000 && later < first && later != 0,
+        "the timer's count",
+        later.into(),
+    );
     c.v.is(initial.into(), 0x4000_0000, "its initial count");
     wr(TMICT, 0);
     c.reads(TMCCT, 0, "the timer is stopped");
@@ -360,7 +369,11 @@ fn timer(c: &mut Check<'_>) {
 /// Where nobody answers, and not memory either.
 fn modes(c: &mut Check<'_>) {
     let base = cpu::rdmsr(APIC_BASE);
-    c.v.is((base & (BASE_ENABLE | BASE_EXTEND)) as i64, BASE_ENABLE as i64, "the mode");
+    c.v.is(
+        (base & (BASE_ENABLE | BASE_EXTEND)) as i64,
+        BASE_ENABLE as i64,
+        "the mode",
+    );
     let nothing = |c: &mut Check<'_>, when: &str| {
         for at in [0, ID, VERSION, TPR, SVR, ISR, ICR, 0xffc] {
             c.reads(at, !0, when);
@@ -373,13 +386,20 @@ fn modes(c: &mut Check<'_>) {
     cpu::wrmsr(APIC_BASE, base & !BASE_ENABLE);
     nothing(c, "while it is off");
     cpu::wrmsr(APIC_BASE, base);
-    c.all(&[(SVR, 0xff), (VERSION, 0x5_0014), (TPR, 0), (LINT0, MASKED)], "off and on");
+    c.all(
+        &[(SVR, 0xff), (VERSION, 0x5_0014), (TPR, 0), (LINT0, MASKED)],
+        "off and on",
+    );
     wr(SVR, ENABLED);
     wr(ICR, SELF | 0x44);
     if cpu::cpuid(1, 0)[2] & 1 << 21 != 0 {
         cpu::wrmsr(APIC_BASE, base | BASE_EXTEND);
         nothing(c, "in x2APIC mode");
-        c.v.is(cpu::rdmsr(0x822) as i64, 1 << 4, "what waits, in the other mode");
+        c.v.is(
+            cpu::rdmsr(0x822) as i64,
+            1 << 4,
+            "what waits, in the other mode",
+        );
         cpu::wrmsr(APIC_BASE, base & !BASE_ENABLE);
         cpu::wrmsr(APIC_BASE, base);
     }
