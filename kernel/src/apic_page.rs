@@ -11,9 +11,8 @@
 //!
 //! In the p2m it is [`crate::p2m::P2mType::ApicPage`], which nobody else sees.
 
-use core::sync::atomic::{AtomicBool, Ordering};
-
 use galvan_base::hw::APIC_PAGE;
+use galvan_base::sync::atomic::{AtomicBool, Ordering};
 use galvan_base::sync::{RankedLock, rank};
 use galvan_base::{Gfn, Gpa};
 use galvan_devices::vlapic::ApicAddress;

@@ -1,6 +1,6 @@
 //! Processors that answer accesses to the local APIC's page themselves.
 
-use galvan_base::hw::{APIC_PAGE, HwVcpu};
+use galvan_base::hw::APIC_PAGE;
 use galvan_base::testing::APIC_ACCESS_PAGE;
 use galvan_ept::Budget;
 
