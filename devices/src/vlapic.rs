@@ -326,6 +326,26 @@ impl Vlapic {
         self.irrv = self.irr.highest();
     }
 
+    /// For a processor that answers accesses to the page by itself: which interrupts are level-triggered.
+    #[inline]
+    pub fn level_triggered(&self) -> [u64; 4] {
+        self.tmr.0
+    }
+
+    /// TPR, all of its bits.
+    #[inline]
+    pub fn tpr(&self) -> u8 {
+        self.tpr
+    }
+
+    /// What such a processor has let the guest write: TPR and ICR.
+    #[inline]
+    pub fn set_shown(&mut self, tpr: u8, icr: u64) {
+        self.tpr = tpr;
+        self.icr = icr & (u64::from(ICR_STORED) | 0xff << 56);
+        self.update_ppr();
+    }
+
     /// WRMSR of one of [`MSR_APIC_BASE`], [`MSR_TSC_DEADLINE`] and [`MSR_X2APIC`]..=
     /// [`MSR_X2APIC_LAST`]. `now` is called only where the timer is concerned.
     #[inline]
@@ -397,6 +417,13 @@ impl Vlapic {
         let mode = self.mode;
         self.reset();
         self.mode = mode;
+    }
+
+    /// What such a processor shows beside TPR, TMR, IRR and ISR: the registers that read the same until they
+    /// are written, by offset in the page. APR, PPR and the timer's current count are not among them.
+    pub fn registers(&self) -> [(u16, u32); SHOWN.len()] {
+        // EOI can only be written.
+        SHOWN.map(|r| ((r << 4) as u16, self.read(r, Now::default()).unwrap_or(0)))
     }
 
     /// What it was made for.
@@ -855,6 +882,27 @@ fn base_mode(v: u64, x2apic: bool) -> Result<Mode, Gp> {
         _ => Err(Gp),
     }
 }
+
+/// The registers of [`Vlapic::registers`].
+const SHOWN: [u32; 17] = [
+    reg::ID,
+    reg::VERSION,
+    reg::EOI,
+    reg::LDR,
+    reg::DFR,
+    reg::SVR,
+    reg::ESR,
+    reg::ICR,
+    reg::ICR2,
+    reg::LVT,
+    reg::LVT_OTHERS,
+    reg::LVT_OTHERS + 1,
+    reg::LVT_OTHERS + 2,
+    reg::LVT_OTHERS + 3,
+    reg::LVT_LAST,
+    reg::TMICT,
+    reg::DCR,
+];
 
 /// Registers whose access depends on the time.
 #[inline]

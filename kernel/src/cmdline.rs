@@ -364,6 +364,8 @@ features! {
     MMCFG = 21, "mmcfg";
     /// VMX: delivery of a guest's interrupts by the processor, without which it only ends them.
     VIRTUAL_INTERRUPTS = 22, "virtualintr";
+    /// VMX: accesses to local APICs' page answered by the processor.
+    APIC_PAGE = 23, "apicpage";
 }
 
 /// Something on the command line that has no effect, and why. `word` is the option as it stands

@@ -22,6 +22,7 @@ use galvan_dom0_proto::sched::{SHUTDOWN_CODE_INVALID, SHUTDOWN_CRASH};
 use galvan_dom0_proto::xen::VIRQ_DOM_EXC;
 use spin::Once;
 
+use crate::apic_page::ApicPage;
 use crate::cpu_policy::DomainPolicy;
 use crate::evtchn::EventChannels;
 use crate::gnttab::GrantTable;
@@ -101,6 +102,8 @@ pub struct Domain {
     vcpus: Once<Box<[Arc<Vcpu>]>>,
     /// Second-stage memory map.
     pub p2m: P2m,
+    /// Whether its processors answer accesses to the local APIC's page.
+    pub apic_page: ApicPage,
     /// Moved on whenever translations are taken away: [`crate::hv::Hypervisor::flush_guest`].
     pub flush_epoch: AtomicU64,
     /// Frames it owns.
@@ -412,6 +415,7 @@ impl Domain {
             share: Arc::default(),
             vcpus: Once::new(),
             p2m,
+            apic_page: ApicPage::default(),
             flush_epoch: AtomicU64::new(1),
             tot_pages: AtomicU64::new(0),
             max_pages: AtomicU64::new(0),

@@ -440,10 +440,11 @@ impl Loader<'_> {
                     return Ok(());
                 }
                 st.lapic = lapic;
+                st.shown_stale = true;
                 let tpr = st.lapic.cr8();
                 st.hw.set_tpr(tpr);
                 v.apic_view
-                    .store(st.lapic.address().bits(), Ordering::Release);
+                    .store(st.lapic.address().bits(), Ordering::SeqCst);
                 Ok(())
             }
             SaveCode::MTRR => self.load_mtrr(&mut st, &whole(bytes)?),

@@ -9,9 +9,9 @@ use core::sync::atomic::Ordering;
 use std::boxed::Box;
 use std::env;
 
-use galvan_base::hw::{PagingMode, VirtualApic};
+use galvan_base::hw::{APIC_PAGE, PagingMode, VirtualApic};
 use galvan_base::sync::step;
-use galvan_base::testing::FakeMachine;
+use galvan_base::testing::{APIC_ACCESS_PAGE, FakeMachine};
 use galvan_base::{Gfn, Gpa};
 use shuttle::scheduler::{PctScheduler, RandomScheduler};
 use shuttle::{Config, Runner, thread};
@@ -218,5 +218,37 @@ fn no_interrupt_posted_to_a_vcpu_that_comes_and_goes_is_lost() {
         });
         let rest = if v.has_posted() { take() } else { 0 };
         assert_eq!(seen | rest, 0b110, "lost");
+    });
+}
+
+/// Two CPUs find that the APIC's page is not mapped while a third vCPU goes through the modes of its own. (Without
+/// the second look at the modes it runs beside the page.)
+#[test]
+fn a_vcpu_outside_xapic_mode_never_runs_where_the_apics_page_is_mapped() {
+    explore(150, || {
+        let machine = FakeMachine::new(6).with_shown_apic();
+        let w = World::on(Box::leak(Box::new(machine)), 2, |d| config(d == 0, 2));
+        let d = w.dom(1);
+        let is_mapped = || d.p2m.lookup(Gpa::new_truncate(APIC_PAGE).frame()).mfn == APIC_ACCESS_PAGE;
+        thread::scope(|s| {
+            for _ in 0..2 {
+                s.spawn(|| {
+                    d.apic_page.map(w.hv, d);
+                });
+            }
+            s.spawn(|| {
+                w.with_cx(1, 1, |cx| {
+                    for (base, xapic) in [(0xfee0_0c00, false), (0xfee0_0000, false), (0xfee0_0800, true)] {
+                        crate::exit::apic::wrmsr(cx, 0x1b, base).unwrap();
+                        assert!(crate::upcall::prepare_entry(cx));
+                        for _ in 0..3 {
+                            assert!(xapic || !is_mapped(), "it is memory");
+                            step();
+                        }
+                    }
+                });
+            });
+        });
+        assert_eq!(is_mapped(), d.apic_page.is_mapped());
     });
 }

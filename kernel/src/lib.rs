@@ -6,6 +6,7 @@ extern crate alloc;
 #[cfg(any(test, feature = "testing"))]
 extern crate std;
 
+pub mod apic_page;
 pub mod cmdline;
 pub mod console;
 pub mod cpu_policy;

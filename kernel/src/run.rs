@@ -156,10 +156,10 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
             hv.hw.take_interrupts();
             continue;
         }
-        let lent = cx.st.lent;
+        let lent = (cx.st.lent, cx.st.shown);
         match exit::handle(&mut cx, &exit) {
             Next::Resume => {}
-            Next::Quiet => quiet = lent == cx.st.lent,
+            Next::Quiet => quiet = lent == (cx.st.lent, cx.st.shown),
             Next::Yield => {
                 hv.sched.yield_turn(hv, cpu);
                 break;

@@ -5,7 +5,7 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use galvan_base::direct;
-use galvan_base::hw::{Lent, VirtualApic, Window};
+use galvan_base::hw::{Lent, Shown, VirtualApic, Window};
 use galvan_base::state::{Event, RFLAGS_IF};
 use galvan_devices::vlapic::{Mode, Vlapic};
 
@@ -63,14 +63,24 @@ pub fn recheck(hv: Hv, v: &Arc<Vcpu>) {
 /// that: it must not be entered.
 ///
 /// A processor that can end interrupts by itself is lent those in service while the local APIC is in
-/// x2APIC mode; one that can deliver them, those that wait, too.
+/// x2APIC mode; one that can deliver them, those that wait, too. In xAPIC mode that goes along with the other
+/// registers, where it can show those.
 pub fn prepare_entry(cx: &mut Cx<'_>) -> bool {
     let st = &mut *cx.st;
+    let mode = st.lapic.mode();
+    let shows = st.shows_apic && mode == Mode::XApic;
     let delivers = st.virtual_apic == VirtualApic::Delivers
-        && st.lapic.mode() == Mode::X2Apic
+        && (mode == Mode::X2Apic || shows)
         && st.lapic.software_enabled();
     let enter = choose_event(st, delivers);
-    if enter && st.virtual_apic != VirtualApic::None {
+    if !enter {
+    } else if shows {
+        show(st, delivers);
+    } else if st.shows_apic {
+        // To this vCPU it would be memory.
+        cx.dom.apic_page.unmap(cx.hv, cx.dom);
+        lend(st, delivers);
+    } else if st.virtual_apic != VirtualApic::None {
         lend(st, delivers);
     }
     enter
@@ -140,7 +150,10 @@ fn lend(st: &mut VcpuState, delivers: bool) {
             in_service,
             exits,
         })
-    } else if st.lapic.mode() == Mode::X2Apic && st.lapic.held_by_priority().is_none() {
+    } else if st.virtual_apic != VirtualApic::None
+        && st.lapic.mode() == Mode::X2Apic
+        && st.lapic.held_by_priority().is_none()
+    {
         Some(Lent {
             waiting: [0; 4],
             in_service,
@@ -157,24 +170,75 @@ fn lend(st: &mut VcpuState, delivers: bool) {
     st.hw.lend_interrupts(lent.as_ref());
 }
 
-/// Takes interrupts back from the processor, if it has them. Before every use of the local APIC: they are lent
-/// anew before the next entry.
+/// Shows the processor the local APIC, which is in xAPIC mode, with its interrupts.
+fn show(st: &mut VcpuState, delivers: bool) {
+    let does = if delivers {
+        st.hw.set_interrupt_window(Window::Closed);
+        VirtualApic::Delivers
+    } else if st.lapic.software_enabled() && st.lapic.held_by_priority().is_none() {
+        // Not `Delivers`: that is for processors that do no more.
+        st.virtual_apic.min(VirtualApic::Ends)
+    } else {
+        VirtualApic::None
+    };
+    // As mostly: nothing was written since, no interrupt was there then or has come since.
+    let idle = st.lapic.is_idle().then_some(does);
+    if idle.is_some()
+        && idle == st.shown_idle
+        && !st.shown_stale
+        && (does == VirtualApic::None || st.hw.lent_is_empty())
+    {
+        (st.lent, st.shown) = (does, true);
+        return;
+    }
+    show_all(st, does);
+    st.shown_idle = idle;
+}
+
+#[inline(never)]
+fn show_all(st: &mut VcpuState, does: VirtualApic) {
+    let (in_service, ends) = st.lapic.in_service();
+    let (waiting, mut exits) = st.lapic.waiting();
+    if does != VirtualApic::Delivers {
+        exits.iter_mut().zip(ends).for_each(|(e, end)| *e |= end);
+    }
+    let registers = st.shown_stale.then(|| st.lapic.registers());
+    st.hw.show_apic(&Shown {
+        tpr: st.lapic.tpr(),
+        level: st.lapic.level_triggered(),
+        interrupts: Lent {
+            waiting,
+            in_service,
+            exits,
+        },
+        does,
+        registers: registers.as_ref().map_or(&[], |r| r),
+    });
+    (st.lent, st.shown, st.shown_stale) = (does, true, false);
+}
+
+/// Takes interrupts back from the processor, if it has them, and what else it has let the guest change. Before
+/// every use of the local APIC: they are lent anew before the next entry.
 #[inline(always)]
 pub fn take_back(st: &mut VcpuState) {
-    if st.lent != VirtualApic::None {
+    if st.shown || st.lent != VirtualApic::None {
         take_lent(st);
     }
 }
 
 fn take_lent(st: &mut VcpuState) {
-    if !(st.lapic.is_idle() && st.hw.lent_is_empty()) {
+    if st.shown {
+        let (tpr, icr) = st.hw.shown_apic();
+        st.lapic.set_shown(tpr, icr);
+    }
+    if st.lent != VirtualApic::None && !(st.lapic.is_idle() && st.hw.lent_is_empty()) {
         let (waiting, in_service) = st.hw.lent_interrupts();
-        if st.lent == VirtualApic::Delivers {
+        if st.lent == VirtualApic::Delivers || st.shown {
             st.lapic.set_waiting(waiting, in_service);
         }
         st.lapic.set_in_service(in_service);
     }
-    st.lent = VirtualApic::None;
+    (st.lent, st.shown) = (VirtualApic::None, false);
 }
 
 /// Whether a halted vCPU can still be woken by an ordinary interrupt.

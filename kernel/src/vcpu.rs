@@ -137,6 +137,14 @@ pub struct VcpuState {
     pub virtual_apic: VirtualApic,
     /// What it does now: `lapic` is out of date until [`crate::upcall::take_back`] unless that is nothing.
     pub lent: VirtualApic,
+    /// The processor can answer accesses to the local APIC's page by itself.
+    pub shows_apic: bool,
+    /// It does: TPR and ICR of `lapic` are out of date, too.
+    pub shown: bool,
+    /// Registers of `lapic` that only the guest's writes change are not as they were shown last.
+    pub shown_stale: bool,
+    /// It was shown without interrupts last, and what the processor was to do with those.
+    pub shown_idle: Option<VirtualApic>,
     /// Deadlines.
     pub timers: VcpuTimers,
     /// HLT or SCHEDOP_block is in effect: do not enter before an interrupt can be taken.
@@ -234,6 +242,10 @@ impl Vcpu {
                 regs: Gprs::default(),
                 virtual_apic: hw.virtual_apic(),
                 lent: VirtualApic::None,
+                shows_apic: hw.shows_apic(),
+                shown: false,
+                shown_stale: true,
+                shown_idle: None,
                 hw,
                 lapic,
                 timers: VcpuTimers::default(),

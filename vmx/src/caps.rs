@@ -23,12 +23,14 @@ bitflags::bitflags! {
         const PAUSE_LOOP = 1 << 1;
         /// In x2APIC mode the processor ends interrupts by itself.
         const VIRTUAL_EOI = 1 << 2;
-        /// There it reads registers of the local APIC by itself.
+        /// It reads registers of the local APIC by itself, there and where the APIC's page is virtualised.
         const APIC_REGISTERS = 1 << 3;
         /// There it delivers interrupts by itself, too.
         const VIRTUAL_INTERRUPTS = 1 << 4;
         /// Other processors post interrupts to it without an exit.
         const POSTED = 1 << 5;
+        /// In xAPIC mode it answers accesses to the local APIC's page by itself.
+        const APIC_PAGE = 1 << 6;
     }
 }
 
@@ -39,7 +41,8 @@ impl Features {
             "vpid" => Self::VPID,
             "pausefilter" => Self::PAUSE_LOOP,
             // What follows from the first goes with it.
-            "apicv" => Self::VIRTUAL_EOI.union(Self::APIC_REGISTERS),
+            "apicv" => Self::VIRTUAL_EOI.union(Self::APIC_REGISTERS).union(Self::APIC_PAGE),
+            "apicpage" => Self::APIC_PAGE,
             "virtualintr" => Self::VIRTUAL_INTERRUPTS,
             "posted" => Self::POSTED,
             _ => return None,
@@ -135,6 +138,8 @@ pub mod primary {
 
 /// Secondary processor-based controls.
 pub mod secondary {
+    /// Accesses to the APIC-access page go to the virtual-APIC page, or exit.
+    pub const APIC_ACCESSES: u32 = 1 << 0;
     /// Extended page tables.
     pub const EPT: u32 = 1 << 1;
     /// RDTSCP and RDPID work.
@@ -382,6 +387,19 @@ impl Caps {
             DELIVERY
         }
     }
+
+    /// The secondary controls by which it answers accesses to the local APIC's page by itself, and, where it
+    /// is to, ends and delivers interrupts.
+    pub fn apic_page(&self, interrupts: bool) -> u32 {
+        let mut all = secondary::APIC_ACCESSES;
+        if self.features.contains(Features::APIC_REGISTERS) {
+            all |= secondary::APIC_REGISTERS;
+        }
+        if interrupts && self.features.contains(Features::VIRTUAL_EOI) {
+            all |= secondary::INTERRUPT_DELIVERY;
+        }
+        all
+    }
 }
 
 const DELIVERY: u32 = secondary::VIRTUAL_X2APIC | secondary::INTERRUPT_DELIVERY;
@@ -400,6 +418,10 @@ impl fmt::Display for Caps {
             (
                 self.features.contains(Features::APIC_REGISTERS),
                 "APIC-register virtualization",
+            ),
+            (
+                self.features.contains(Features::APIC_PAGE),
+                "virtual APIC accesses",
             ),
             (
                 self.features.contains(Features::VIRTUAL_INTERRUPTS),
@@ -497,9 +519,12 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
         may(raw.secondary, DELIVERY) && !off.contains(Features::VIRTUAL_EOI),
     );
     let apic = features.contains(Features::VIRTUAL_EOI);
+    let page =
+        may(raw.secondary, secondary::APIC_ACCESSES) && !off.contains(Features::APIC_PAGE);
+    features.set(Features::APIC_PAGE, page);
     features.set(
         Features::APIC_REGISTERS,
-        apic && may(raw.secondary, secondary::APIC_REGISTERS),
+        (apic || page) && may(raw.secondary, secondary::APIC_REGISTERS),
     );
     let delivers = apic && !off.contains(Features::VIRTUAL_INTERRUPTS);
     features.set(Features::VIRTUAL_INTERRUPTS, delivers);

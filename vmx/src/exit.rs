@@ -6,6 +6,7 @@
 
 use galvan_base::Gpa;
 use galvan_base::exit::{Exit, FaultKind, Pio};
+use galvan_base::hw::APIC_PAGE;
 
 use crate::vmcs::field;
 
@@ -65,6 +66,8 @@ pub mod reason {
     pub const TPR_BELOW_THRESHOLD: u32 = 43;
     /// PAUSE.
     pub const PAUSE: u32 = 40;
+    /// An access to the APIC-access page that the processor does not answer.
+    pub const APIC_ACCESS: u32 = 44;
     /// EOI of one of the interrupts of which that is to be told.
     pub const EOI: u32 = 45;
     /// EPT violation.
@@ -79,6 +82,8 @@ pub mod reason {
     pub const WBINVD: u32 = 54;
     /// XSETBV.
     pub const XSETBV: u32 = 55;
+    /// A write to the virtual-APIC page, which is complete.
+    pub const APIC_WRITE: u32 = 56;
     /// VMFUNC.
     pub const VMFUNC: u32 = 59;
     /// ENCLS.
@@ -103,6 +108,17 @@ mod ept {
     pub(super) const PERMISSIONS: u64 = 7 << 3;
     pub(super) const LINEAR: u64 = 1 << 7;
     pub(super) const TRANSLATED: u64 = 1 << 8;
+}
+
+/// Types of accesses in the qualification of an APIC access. Those of events by their linear addresses are
+/// reads or writes.
+mod apic {
+    pub(super) const OFFSET: u64 = 0xfff;
+    pub(super) const TYPE_SHIFT: u32 = 12;
+    pub(super) const WRITE: u64 = 1;
+    pub(super) const FETCH: u64 = 2;
+    pub(super) const GUEST_PHYSICAL_OF_EVENT: u64 = 10;
+    pub(super) const GUEST_PHYSICAL: u64 = 15;
 }
 
 /// Bits of the qualification of an I/O exit.
@@ -182,6 +198,13 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64, deliver: impl FnOnce()) -> Ca
         reason::INTERRUPT => return Cause::HostInterrupt,
         reason::INIT => Exit::Interrupt,
         reason::INTERRUPT_WINDOW | reason::TPR_BELOW_THRESHOLD => Exit::InterruptWindow,
+        reason::APIC_ACCESS => {
+            deliver();
+            apic_access(read(field::QUALIFICATION))
+        }
+        reason::APIC_WRITE => {
+            Exit::ApicWrite((read(field::QUALIFICATION) & apic::OFFSET) as u16)
+        }
         reason::EOI => Exit::Eoi(read(field::QUALIFICATION) as u8),
         reason::PAUSE => Exit::Pause(len()),
         reason::XSETBV => Exit::Xsetbv(len()),
@@ -257,6 +280,18 @@ fn pio(read: &impl Fn(u32) -> u64) -> Pio {
     }
 }
 
+/// The page is mapped, but not as memory.
+fn apic_access(q: u64) -> Exit {
+    let ty = q >> apic::TYPE_SHIFT & 15;
+    let kind = FaultKind::new(
+        ty == apic::WRITE,
+        ty == apic::FETCH,
+        true,
+        matches!(ty, apic::GUEST_PHYSICAL_OF_EVENT | apic::GUEST_PHYSICAL),
+    );
+    Exit::NestedFault(kind, Gpa::new_truncate(APIC_PAGE + (q & apic::OFFSET)))
+}
+
 fn fault_kind(q: u64) -> FaultKind {
     FaultKind::new(
         q & ept::WRITE != 0,
@@ -281,8 +316,8 @@ mod tests {
                 .1
         };
         let cause = decode(raw, read, || delivery = true);
-        // Events, task switches, EPT violations and misconfigurations.
-        assert_eq!(delivery, matches!(raw, 0 | 9 | 48 | 49), "{raw}");
+        // Events, task switches, APIC accesses, EPT violations and misconfigurations.
+        assert_eq!(delivery, matches!(raw, 0 | 9 | 44 | 48 | 49), "{raw}");
         cause
     }
 
@@ -363,6 +398,25 @@ mod tests {
         assert_eq!(f(0x1ac), [true, false, true, false]);
         assert_eq!(f(0x8a), [true, true, false, true], "a walk, no translation");
         assert_eq!(f(0x1), [false, false, false, false], "no linear address");
+    }
+
+    #[test]
+    fn accesses_to_the_apics_page_are_nested_faults_there() {
+        let f = |q| match exit(44, &[(field::QUALIFICATION, q)]) {
+            Exit::NestedFault(k, gpa) => {
+                assert!(k.contains(FaultKind::PRESENT));
+                let is = [FaultKind::WRITE, FaultKind::FETCH, FaultKind::WALK].map(|b| k.contains(b));
+                (gpa.get(), is)
+            }
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(f(0x0390), (0xfee0_0390, [false; 3]));
+        assert_eq!(f(0x10ab), (0xfee0_00ab, [true, false, false]));
+        assert_eq!(f(0x2000), (0xfee0_0000, [false, true, false]));
+        assert_eq!(f(0x3ff8), (0xfee0_0ff8, [false; 3]), "of an event");
+        assert_eq!(f(0xa018), (0xfee0_0018, [false, false, true]));
+        assert_eq!(f(0x1_f018), (0xfee0_0018, [false, false, true]));
+        assert_eq!(exit(56, &[(field::QUALIFICATION, 0x350)]), Exit::ApicWrite(0x350));
     }
 
     #[test]

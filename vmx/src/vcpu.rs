@@ -16,8 +16,8 @@
 //!   ever, with no instruction boundary at which an interrupt would be taken. The policy injects
 //!   them again.
 //!
-//! Where the processor can, it ends interrupts by itself while the guest's local APIC is in x2APIC mode: ISR is
-//! then in the virtual-APIC page, and whoever owns the local APIC lends and takes back what is in it. The
+//! Where the processor can, it ends interrupts by itself while the guest's local APIC is in x2APIC mode, and
+//! answers accesses to the APIC's page in xAPIC mode ([`apic`]): ISR is then in the virtual-APIC page, and whoever owns the local APIC lends and takes back what is in it. The
 //! page is memory like any other, so it can be read wherever the VMCS is. Unless that is switched off
 //! (`no=virtualintr`, for docs/emulators.md), IRR is there too, and nothing is injected: the processor delivers
 //! what waits, and takes in what others post ([`crate::posted`]). (Intel SDM "APIC Virtualization and Virtual
@@ -35,7 +35,7 @@ use core::sync::atomic::Ordering::Relaxed;
 use galvan_base::exit::Exit;
 use galvan_base::fpu::{self, FpuArea};
 use galvan_base::hw::{
-    Exhausted, HwCounts, HwVcpu, Lent, Posting, VcpuConfig, VirtualApic, Window, next_rip,
+    Exhausted, HwCounts, HwVcpu, Lent, Posting, Shown, VcpuConfig, VirtualApic, Window, next_rip,
 };
 use galvan_base::page::{Pages, Words};
 use galvan_base::state::{
@@ -44,7 +44,7 @@ use galvan_base::state::{
 };
 use galvan_base::{CpuId, Mpa};
 
-use crate::caps::{Features, entry, exit as exit_control, pin, primary, secondary};
+use crate::caps::{Features, entry, exit as exit_control, primary, secondary};
 use crate::exit::{self, Cause, reason};
 use crate::insn::{Cpu, Entry, Real, Scope};
 use crate::percpu::{LIVE_MSRS, PerCpu};
@@ -54,8 +54,11 @@ use crate::vmcs::{Field, GuestVmcs, Part, field};
 use crate::vmx::Vmx;
 use crate::{inject, msr, state};
 
+mod apic;
 #[cfg(test)]
 mod tests;
+
+use apic::Apic;
 
 /// DR7 bits that enable breakpoints.
 const DR7_ENABLES: u64 = 0xff;
@@ -83,10 +86,6 @@ const RFLAGS_TF: u64 = 1 << 8;
 const RFLAGS_RF: u64 = 1 << 16;
 /// The part of the virtual-APIC page with the TPR, in words.
 const TPR_WORD: usize = 0x80 / 8;
-/// ISR in it: eight registers of 32 bits each, 16 bytes apart.
-const ISR_WORD: usize = 0x100 / 8;
-/// IRR, likewise.
-const IRR_WORD: usize = 0x200 / 8;
 /// EPTP: write-back, four levels.
 const EPTP_FLAGS: u64 = 6 | 3 << 3;
 
@@ -114,14 +113,20 @@ pub struct Vcpu<C: Cpu = Real> {
     launched: bool,
     host_rsp: u64,
     apic: Pages<Words<512>>,
-    /// The processor ends the guest's interrupts by itself.
-    virtual_eoi: bool,
+    /// What the processor does for the guest's local APIC.
+    mode: Apic,
     /// Where others post interrupts, if the processor takes them in by itself.
     posted: Option<Arc<Descriptor>>,
     /// IRR and ISR of the virtual-APIC page, while that is noted in `vmcs`.
     page: Cell<([u64; 4], [u64; 4])>,
     /// They are empty, whatever `page` says, while that is noted.
     page_empty: Cell<bool>,
+    /// The interrupt status, as far as known then; nothing if it could not be read.
+    status: Cell<Option<u16>>,
+    /// Interrupts are in IRR of which the processor has not been told.
+    withheld: bool,
+    /// TMR of the virtual-APIC page.
+    level: [u64; 4],
     /// The vectors whose EOI exits then.
     eoi_exits: [u64; 4],
     /// The CPU on which it is loaded.
@@ -171,7 +176,10 @@ impl<C: Cpu> Vcpu<C> {
             launched: false,
             host_rsp: 0,
             apic: Pages::new(vmx.host)?,
-            virtual_eoi: false,
+            mode: Apic::Plain,
+            level: [0; 4],
+            withheld: false,
+            status: Cell::new(Some(0)),
             page: Cell::default(),
             page_empty: Cell::default(),
             posted: if vmx.caps.features.contains(Features::POSTED) {
@@ -242,75 +250,12 @@ impl<C: Cpu> Vcpu<C> {
         }
     }
 
-    /// Has the processor end interrupts from the next entry on, or not. The VMCS is current.
-    #[cold]
-    fn switch_eoi(&mut self, on: bool) {
-        let c = self.vmx.cpu;
-        let (more, msrs) = match &self.vmx.eoi_msrs {
-            Some(msrs) if on => (self.vmx.caps.virtual_eoi(), msrs),
-            _ => (0, &self.vmx.msrs),
-        };
-        c.vmwrite(field::SECONDARY, u64::from(self.secondary() | more));
-        if self.posted.is_some() {
-            let posted = if on { pin::POSTED } else { 0 };
-            c.vmwrite(field::PIN, u64::from(self.vmx.caps.controls.pin | posted));
-        }
-        c.vmwrite(field::MSR_BITMAP, msrs.mpa().get());
-        if on {
-            self.write_eoi_exits([0; 4]);
-        }
-        self.virtual_eoi = on;
-    }
-
     #[cold]
     fn write_eoi_exits(&mut self, vectors: [u64; 4]) {
         for (f, v) in (field::EOI_EXITS..).step_by(2).zip(vectors) {
             self.vmx.cpu.vmwrite(f, v);
         }
         self.eoi_exits = vectors;
-    }
-
-    /// Writes a bitmap of vectors to the virtual-APIC page, where it is this one now.
-    fn write_vectors(&self, at: usize, now: [u64; 4], vectors: [u64; 4]) {
-        for (n, (now, word)) in now.into_iter().zip(vectors).enumerate() {
-            if now == word {
-                continue;
-            }
-            for (half, bits) in [(0, word & 0xffff_ffff), (1, word >> 32)] {
-                if let Some(w) = self.apic.get(at + (2 * n + half) * 2) {
-                    w.store(bits, Relaxed);
-                }
-            }
-        }
-    }
-
-    /// Finds out what the page has. Beside it the processor keeps the highest of both kinds, 0 for none, so
-    /// that it mostly need not be read.
-    fn read_page(&self) {
-        let status = match self.on {
-            Some(_) => self.vmx.cpu.vmread(field::INTERRUPT_STATUS),
-            None => u64::MAX,
-        };
-        self.vmcs.note();
-        self.page_empty.set(status & 0xffff == 0);
-        if self.page_empty.get() {
-            return;
-        }
-        let read = |highest: u64, at| match highest & 0xff {
-            0 => [0; 4],
-            _ => self.read_vectors(at),
-        };
-        self.page
-            .set((read(status, IRR_WORD), read(status >> 8, ISR_WORD)));
-    }
-
-    /// Reads one.
-    fn read_vectors(&self, at: usize) -> [u64; 4] {
-        let half = |n: usize| {
-            let word = self.apic.get(at + n * 2);
-            word.map_or(0, |w| w.load(Relaxed) & 0xffff_ffff)
-        };
-        core::array::from_fn(|n| half(2 * n) | half(2 * n + 1) << 32)
     }
 
     /// Writes the fields that never change, into a VMCS that the processor has not seen before.
@@ -365,6 +310,9 @@ impl<C: Cpu> Vcpu<C> {
         }
         if caps.virtual_eoi() != 0 {
             c.vmwrite(field::INTERRUPT_STATUS, 0);
+        }
+        if let Some(page) = &self.vmx.apic_access {
+            c.vmwrite(field::APIC_ACCESS, page.mpa().get());
         }
         if let Some(d) = &self.posted {
             let vector = self.vmx.host.posted_vector();
@@ -547,6 +495,10 @@ impl<C: Cpu> Vcpu<C> {
             }
             let offset = (1u64 << shift) - 1;
             let at = e & ADDRESS & !offset | gpa & offset;
+            if self.vmx.apic_access.as_ref().is_some_and(|p| p.mpa().get() == at & !0xfff) {
+                // A local APIC, and no memory.
+                return None;
+            }
             return self.vmx.host.load_u64(Mpa::new(at)?);
         }
         None
@@ -1376,31 +1328,36 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     }
 
     fn lend_interrupts(&mut self, lent: Option<&Lent>) {
-        if self.on.is_none() || self.virtual_apic() == VirtualApic::None {
+        let useless = lent.is_some() && self.virtual_apic() == VirtualApic::None;
+        if self.on.is_none() || useless {
             debug_assert!(false, "interrupts lent to a processor that has no use for them");
             return;
         }
-        if lent.is_some() != self.virtual_eoi {
-            self.switch_eoi(lent.is_some());
+        let mode = if lent.is_some() { Apic::X2 } else { Apic::Plain };
+        if mode != self.mode {
+            self.switch_apic(mode);
         }
         let Some(lent) = lent else { return };
         if lent.exits != self.eoi_exits {
             self.write_eoi_exits(lent.exits);
         }
-        let all = lent.waiting.into_iter().chain(lent.in_service);
-        let none = all.fold(0, |all, word| all | word) == 0;
-        if none && self.lent_is_empty() {
-            return;
-        }
-        let (waiting, in_service) = self.lent_interrupts();
-        if (waiting, in_service) != (lent.waiting, lent.in_service) {
-            self.write_vectors(IRR_WORD, waiting, lent.waiting);
-            self.write_vectors(ISR_WORD, in_service, lent.in_service);
-            self.page.set((lent.waiting, lent.in_service));
-            self.page_empty.set(none);
-            let status = highest(lent.in_service) << 8 | highest(lent.waiting);
-            self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status);
-        }
+        self.write_interrupts(lent, true);
+    }
+
+    fn shows_apic(&self) -> bool {
+        self.vmx.apic_access.is_some()
+    }
+
+    fn show_apic(&mut self, s: &Shown<'_>) {
+        self.write_apic(s);
+    }
+
+    fn shown_apic(&self) -> (u8, u64) {
+        self.tpr_and_icr()
+    }
+
+    fn take_written(&mut self, offset: u16) -> u32 {
+        self.take_register(offset)
     }
 
     #[inline]
@@ -1471,12 +1428,6 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.fpu.set(buf);
         self.fpu_changed = true;
     }
-}
-
-/// The highest of a bitmap of vectors, 0 for none.
-fn highest(vectors: [u64; 4]) -> u64 {
-    let word = (0..).zip(vectors).filter(|(_, w)| *w != 0).last();
-    word.map_or(0, |(n, w)| n * 64 + u64::from(63 - w.leading_zeros()))
 }
 
 impl<C: Cpu> Drop for Vcpu<C> {

@@ -30,6 +30,8 @@ pub mod field {
     pub const MSR_BITMAP: u32 = 0x2004;
     /// Virtual-APIC page.
     pub const VIRTUAL_APIC: u32 = 0x2012;
+    /// APIC-access address.
+    pub const APIC_ACCESS: u32 = 0x2014;
     /// Where interrupts are posted.
     pub const POSTED_DESCRIPTOR: u32 = 0x2016;
     /// Root and kind of the extended page tables.

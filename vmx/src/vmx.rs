@@ -4,8 +4,8 @@ use alloc::boxed::Box;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 use galvan_base::hw::{Exhausted, HwVcpu, VcpuConfig};
-use galvan_base::page::PageSource;
-use galvan_base::{CpuId, Mpa, PageOrder};
+use galvan_base::page::{PageSource, Pages, Words};
+use galvan_base::{CpuId, Mfn, Mpa, PageOrder};
 
 use crate::bitmap::{IoMap, MsrMap};
 use crate::caps::{Caps, Features};
@@ -36,6 +36,9 @@ pub struct Vmx<C: Cpu = Real> {
     pub(crate) msrs: MsrMap,
     /// For vCPUs whose interrupts the processor ends by itself, if it can.
     pub(crate) eoi_msrs: Option<MsrMap>,
+    /// Stands for the page of every guest's local APIC, where the processor answers accesses to it. Nothing
+    /// is ever in it.
+    pub(crate) apic_access: Option<Pages<Words<512>>>,
     pub(crate) no_ports: IoMap,
     pub(crate) hwdom_ports: IoMap,
     cpus: Box<[PerCpu]>,
@@ -57,6 +60,11 @@ impl<C: Cpu> Vmx<C> {
             host,
             msrs: MsrMap::new(host, caps.tsc_aux)?,
             eoi_msrs,
+            apic_access: if caps.features.contains(Features::APIC_PAGE) {
+                Some(Pages::new(host)?)
+            } else {
+                None
+            },
             no_ports: IoMap::new(host)?,
             hwdom_ports: IoMap::new(host)?,
             cpus: (0..cpus)
@@ -104,6 +112,12 @@ impl<C: Cpu> Vmx<C> {
     /// The largest page that second-stage tables may use.
     pub fn largest_page(&self) -> PageOrder {
         self.caps.largest_page
+    }
+
+    /// Where second-stage tables must lead from [`galvan_base::hw::APIC_PAGE`] for accesses to that to be
+    /// answered by the processor, if it can.
+    pub fn apic_access_page(&self) -> Option<Mfn> {
+        self.apic_access.as_ref().map(|p| p.mpa().frame())
     }
 
     /// What the processor can do and is used.

@@ -38,6 +38,12 @@ impl ApicAddress {
         self.0 as u32
     }
 
+    /// Whether it is in xAPIC mode.
+    #[inline]
+    pub const fn is_xapic(self) -> bool {
+        matches!(self.0 >> 40 & 7, Self::FLAT | Self::CLUSTER)
+    }
+
     /// Whether vectored interrupts are accepted; NMI, SMI, INIT and start-up are in any case that
     /// matches.
     #[inline]

@@ -1039,3 +1039,51 @@ fn tsc_deadline_survives_save_and_load() {
     let b = a.with_regs(|_| {}).unwrap();
     assert_eq!(b.timer_deadline(), Some(Deadline::GuestTsc(77_000_000)));
 }
+
+// ---- what a processor shows by itself
+
+#[test]
+fn registers_to_show_are_what_an_emulated_read_gives() {
+    let mut a = xapic(6);
+    for (r, v) in [
+        (reg::SVR, 0x1ff),
+        (reg::LDR, 0x0400_0000),
+        (reg::DFR, 0x0fff_ffff),
+        (reg::ICR2, 0x0300_0000),
+        (reg::ICR, 0x000c_0041),
+        (reg::LVT, 0x2_00ec),
+        (reg::LVT_LAST, 0xfe),
+        (reg::TMICT, 1000),
+        (reg::DCR, 0xb),
+        (reg::ESR, 0),
+    ] {
+        a.set_page(r, v);
+    }
+    let all = a.registers();
+    for (offset, value) in all {
+        assert_eq!(a.page(u32::from(offset) >> 4), value, "{offset:#x}");
+    }
+    // The rest of what the processor reads there is shown otherwise; all else must be emulated.
+    let shown = |r: u32| all.iter().any(|(o, _)| u32::from(*o) == r << 4);
+    for r in 0..0x40 {
+        let otherwise = matches!(r, reg::TPR | reg::APR | reg::PPR | reg::ISR..=reg::IRR_LAST | reg::TMCCT);
+        let exists = a.read(r, T0).is_some() || r == reg::EOI;
+        assert_eq!(shown(r), exists && !otherwise, "{r:#x}");
+    }
+}
+
+#[test]
+fn what_a_processor_has_let_the_guest_write_is_taken_over() {
+    let mut a = xapic(0);
+    a.set_page(reg::SVR, 0x1ff);
+    a.post(0x41, false);
+    a.set_shown(0x4f, 0xff00_0000_000c_1841);
+    assert_eq!((a.tpr(), a.page(reg::TPR), a.cr8()), (0x4f, 0x4f, 4));
+    assert_eq!(a.highest_pending(), None, "the priority counts");
+    assert_eq!((a.page(reg::ICR), a.page(reg::ICR2)), (0xc_0841, 0xff00_0000));
+    a.set_shown(0, 0xff_ffff << 32);
+    assert_eq!((a.page(reg::ICR2), a.highest_pending()), (0, Some(0x41)));
+    assert_eq!(a.level_triggered(), [0; 4]);
+    a.post(0xc3, true);
+    assert_eq!(a.level_triggered(), [0, 0, 0, 8]);
+}

@@ -281,6 +281,9 @@ impl Platform for Machine {
     fn stage2(&self) -> (Stage2Format, PageOrder) {
         crate::virt::stage2()
     }
+    fn apic_access_page(&self) -> Option<Mfn> {
+        crate::virt::apic_access_page()
+    }
     fn new_vcpu(&self, cfg: &VcpuConfig) -> Result<Box<dyn HwVcpu>, Exhausted> {
         crate::virt::new_vcpu(cfg)
     }

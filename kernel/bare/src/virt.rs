@@ -6,7 +6,7 @@ use alloc::boxed::Box;
 use core::fmt;
 
 use galvan_base::hw::{Exhausted, HwVcpu, Stage2Format, VcpuConfig};
-use galvan_base::{CpuId, Mpa, PageOrder};
+use galvan_base::{CpuId, Mfn, Mpa, PageOrder};
 use galvan_kernel::cmdline::Features;
 use galvan_kernel::cpu_policy::Virt;
 use galvan_svm::Svm;
@@ -67,6 +67,7 @@ pub fn settle(no: Features) -> Result<Caps, Unsupported> {
         ("apicv", Features::APICV),
         ("virtualintr", Features::VIRTUAL_INTERRUPTS),
         ("posted", Features::POSTED),
+        ("apicpage", Features::APIC_PAGE),
     ];
     let off = || names.iter().filter(|(_, flag)| no.contains(*flag)).map(|(name, _)| *name);
     let raw = svm::Raw::read(crate::cpu::cpuid, crate::cpu::rdmsr);
@@ -159,6 +160,14 @@ pub fn stage2() -> (Stage2Format, PageOrder) {
         Some(InUse::Vmx(vmx)) => (Stage2Format::Ept, vmx.largest_page()),
         Some(InUse::Svm(svm)) => (Stage2Format::Npt, svm.largest_page()),
         None => (Stage2Format::Npt, PageOrder::P2M),
+    }
+}
+
+/// Where second-stage tables must lead for the processors to answer accesses to local APICs' page.
+pub fn apic_access_page() -> Option<Mfn> {
+    match INUSE.get() {
+        Some(InUse::Vmx(vmx)) => vmx.apic_access_page(),
+        _ => None,
     }
 }
 

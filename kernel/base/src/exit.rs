@@ -24,6 +24,9 @@ pub enum Exit {
     /// The guest has ended an interrupt of which that was to be told; the instruction that did so is
     /// complete.
     Eoi(u8),
+    /// The guest has written to the register of this offset in the local APIC's page, which the processor
+    /// leaves to others ([`crate::hw::HwVcpu::take_written`]); the instruction that did so is complete.
+    ApicWrite(u16),
     /// CPUID.
     Cpuid(InsnLen),
     /// VMCALL or VMMCALL.

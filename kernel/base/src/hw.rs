@@ -341,6 +341,12 @@ pub trait Platform: HostMem + Debug {
     fn cpuid(&self, leaf: u32, subleaf: u32) -> [u32; 4];
     /// The format of second-stage tables, and the largest page they may use.
     fn stage2(&self) -> (Stage2Format, PageOrder);
+    /// The frame to which the second-stage tables must lead from [`APIC_PAGE`] for the processors to answer
+    /// accesses to that themselves ([`HwVcpu::shows_apic`]), if they can. It is the machine's for ever, and
+    /// nobody reads or writes it: to a vCPU for which it is not being done it must not be mapped.
+    fn apic_access_page(&self) -> Option<Mfn> {
+        None
+    }
     /// Makes a virtual processor.
     fn new_vcpu(&self, cfg: &VcpuConfig) -> Result<Box<dyn HwVcpu>, Exhausted>;
     /// Allows or denies the hardware domain direct access to ports `first..=last`.
@@ -440,6 +446,27 @@ pub struct Lent {
     pub in_service: [u64; 4],
     /// Those whose end is an exit ([`Exit::Eoi`]).
     pub exits: [u64; 4],
+}
+
+/// Guest physical address of the page by which a local APIC in xAPIC mode is reached, where a processor can
+/// deal with accesses to it by itself.
+pub const APIC_PAGE: u64 = 0xfee0_0000;
+
+/// A local APIC in xAPIC mode, for a processor that answers accesses to its page by itself.
+#[derive(Clone, Copy, Debug)]
+pub struct Shown<'a> {
+    /// Task priority, all of its bits.
+    pub tpr: u8,
+    /// TMR: which interrupts are level-triggered.
+    pub level: [u64; 4],
+    /// The guest can read them in any case. What the processor does with them is in `does`.
+    pub interrupts: Lent,
+    /// No more than [`HwVcpu::virtual_apic`] says. With `Ends` the processor delivers those that the guest
+    /// sends to itself, too.
+    pub does: VirtualApic,
+    /// All other registers that can be read there, by offset in the page; empty if they are as when they
+    /// were shown last.
+    pub registers: &'a [(u16, u32)],
 }
 
 /// Where other CPUs post interrupts for a virtual processor while it is in its guest, without an exit: the
@@ -601,7 +628,7 @@ pub trait HwVcpu: Send + Debug {
     }
     /// From the next entry on the processor has interrupts of the guest's local APIC, which is in x2APIC
     /// mode, and deals with them as [`HwVcpu::virtual_apic`] says, where that is not `None`. With `None`
-    /// it stops that. Called loaded.
+    /// it stops that. Either way it no longer shows the APIC ([`HwVcpu::show_apic`]). Called loaded.
     fn lend_interrupts(&mut self, _: Option<&Lent>) {}
     /// What waits and what is in service of the interrupts last lent, and of those posted since; loaded or
     /// not.
@@ -611,6 +638,24 @@ pub trait HwVcpu: Send + Debug {
     /// Whether it is certain, and quickly found, that nothing waits or is in service there.
     fn lent_is_empty(&self) -> bool {
         false
+    }
+    /// Whether this processor can answer accesses to the page of a local APIC in xAPIC mode, where the
+    /// second-stage tables lead to [`Platform::apic_access_page`] from [`APIC_PAGE`]; always the same.
+    fn shows_apic(&self) -> bool {
+        false
+    }
+    /// From the next entry on it does that, with these registers, until [`HwVcpu::lend_interrupts`] is
+    /// called. What it cannot answer is a [`Exit::NestedFault`]; what it has written, but leaves to others, an
+    /// [`Exit::ApicWrite`]. Called loaded.
+    fn show_apic(&mut self, _: &Shown<'_>) {}
+    /// TPR and ICR of the APIC that is shown, which the guest changes without an exit, as it does what
+    /// [`HwVcpu::lent_interrupts`] says; loaded or not.
+    fn shown_apic(&self) -> (u8, u64) {
+        (0, 0)
+    }
+    /// What the guest has written to the register of this offset. It reads as 0 until it is shown anew.
+    fn take_written(&mut self, _offset: u16) -> u32 {
+        0
     }
     /// Where interrupts can be posted while it is in its guest with interrupts lent, if that is possible.
     fn posting(&self) -> Option<Arc<dyn Posting>> {

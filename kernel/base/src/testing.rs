@@ -18,11 +18,13 @@ use std::vec::Vec;
 use crate::exit::Exit;
 use crate::hw::{
     Access, EcamWindow, Exhausted, HostMem, HwVcpu, IoApicInfo, Iommu, Lent, MemFault, MsiTarget,
-    Posting, Sbdf, Stage2Format, TscScale, VcpuConfig, VirtualApic, Window,
+    Posting, Sbdf, Shown, Stage2Format, TscScale, VcpuConfig, VirtualApic, Window,
 };
 use crate::state::{ArchState, Event, Gprs, RFLAGS_IF, Seg, Segment};
 use crate::{CpuId, Dfn, Mfn, Mpa, PAGE_SIZE, PageOrder, Platform};
 
+/// [`Platform::apic_access_page`] of a fake that has one.
+pub const APIC_ACCESS_PAGE: Mfn = Mfn::new_truncate(0xab_cdef);
 /// What [`Platform::reset`] of the fake panics with.
 pub const RESET: &str = "the fake machine was reset";
 /// What [`Platform::power_off`] of the fake panics with.
@@ -171,6 +173,7 @@ pub struct FakeMachine {
     stores_watched: AtomicBool,
     quiet_end: AtomicBool,
     virtual_apic: VirtualApic,
+    shows_apic: bool,
     inner: Mutex<Inner>,
 }
 
@@ -213,6 +216,7 @@ impl FakeMachine {
             stores_watched: AtomicBool::new(false),
             quiet_end: AtomicBool::new(false),
             virtual_apic: VirtualApic::None,
+            shows_apic: false,
             inner: Mutex::default(),
         }
     }
@@ -225,6 +229,11 @@ impl FakeMachine {
     /// With processors that do this for their guests' local APICs.
     pub fn with_virtual_apic(mut self, what: VirtualApic) -> Self {
         self.virtual_apic = what;
+        self
+    }
+    /// With processors that answer accesses to their guests' local APICs in xAPIC mode.
+    pub fn with_shown_apic(mut self) -> Self {
+        self.shows_apic = true;
         self
     }
     /// With a clock of this frequency.
@@ -704,9 +713,14 @@ impl Platform for FakeMachine {
         self.stage2
     }
 
+    fn apic_access_page(&self) -> Option<Mfn> {
+        self.shows_apic.then_some(APIC_ACCESS_PAGE)
+    }
+
     fn new_vcpu(&self, cfg: &VcpuConfig) -> Result<Box<dyn HwVcpu>, Exhausted> {
         let v = FakeVcpu::new(*cfg);
         v.inner().virtual_apic = self.virtual_apic;
+        v.inner().shows_apic = self.shows_apic;
         self.inner().vcpus.push(v.clone());
         Ok(Box::new(v))
     }
@@ -888,6 +902,9 @@ struct VcpuInner {
     virtual_apic: VirtualApic,
     posting: Arc<FakePosting>,
     lent: Option<Lent>,
+    shows_apic: bool,
+    shown: Option<VirtualApic>,
+    page: BTreeMap<u16, u32>,
     tpr: u8,
     tsc_offset: u64,
     flush_pending: bool,
@@ -992,6 +1009,9 @@ impl FakeVcpu {
                 virtual_apic: VirtualApic::None,
                 posting: Arc::default(),
                 lent: None,
+                shows_apic: false,
+                shown: None,
+                page: BTreeMap::new(),
                 tpr: 0,
                 tsc_offset: 0,
                 flush_pending: false,
@@ -1038,6 +1058,31 @@ impl FakeVcpu {
     /// The interrupts that the processor has.
     pub fn lent(&self) -> Option<Lent> {
         self.inner().lent
+    }
+    /// What the processor does with interrupts while it shows the APIC.
+    pub fn shown(&self) -> Option<VirtualApic> {
+        self.inner().shown
+    }
+    /// A register of the APIC that is shown, as the guest reads it.
+    pub fn page(&self, offset: u16) -> Option<u32> {
+        let inner = self.inner();
+        inner.shown.and_then(|_| inner.page.get(&offset).copied())
+    }
+    /// The guest writes one. Most such writes are to be followed by an exit.
+    pub fn set_page(&self, offset: u16, v: u32) {
+        let mut inner = self.inner();
+        if offset == 0x80 {
+            inner.tpr = (v >> 4) as u8 & 15;
+        }
+        inner.page.insert(offset, v);
+    }
+    /// The guest sends itself an interrupt, which the processor notes.
+    pub fn send_to_self(&self, vector: u8) {
+        let mut inner = self.inner();
+        inner.page.insert(0x300, 1 << 18 | u32::from(vector));
+        if let Some(lent) = inner.lent.as_mut() {
+            lent.waiting[usize::from(vector >> 6)] |= 1 << (vector & 63);
+        }
     }
     /// Ends the highest of them, as the guest does. Gives its vector if that is an exit.
     pub fn end_interrupt(&self) -> Option<u8> {
@@ -1114,7 +1159,10 @@ impl HwVcpu for FakeVcpu {
                     );
                     inner.delivered.push(e);
                 }
-                None if open && inner.virtual_apic == VirtualApic::Delivers => {
+                None if open
+                    && inner.virtual_apic == VirtualApic::Delivers
+                    && inner.shown.is_none_or(|does| does == VirtualApic::Delivers) =>
+                {
                     let inner = &mut *inner;
                     if let Some(v) = inner.lent.as_mut().and_then(|l| deliver(l, inner.tpr)) {
                         inner.delivered.push(Event::Interrupt(v));
@@ -1173,15 +1221,51 @@ impl HwVcpu for FakeVcpu {
     fn lend_interrupts(&mut self, i: Option<&Lent>) {
         let mut inner = self.inner();
         assert!(
-            inner.virtual_apic != VirtualApic::None,
+            inner.virtual_apic != VirtualApic::None || inner.shows_apic && i.is_none(),
             "lent to a processor that has no use for them"
         );
         inner.lent = i.copied();
+        inner.shown = None;
+    }
+
+    fn shows_apic(&self) -> bool {
+        self.inner().shows_apic
+    }
+
+    fn show_apic(&mut self, s: &Shown<'_>) {
+        let mut inner = self.inner();
+        assert!(inner.shows_apic, "shown to a processor that has no use for it");
+        assert!(s.does <= inner.virtual_apic, "{:?} is asked of it", s.does);
+        inner.lent = Some(s.interrupts);
+        inner.shown = Some(s.does);
+        inner.tpr = s.tpr >> 4;
+        inner.page.insert(0x80, s.tpr.into());
+        inner.page.extend(s.registers.iter().copied());
+        for (at, bits) in [(0x100, s.interrupts.in_service), (0x180, s.level), (0x200, s.interrupts.waiting)] {
+            for n in 0..8u16 {
+                let half = bits[usize::from(n / 2)] >> (n % 2 * 32);
+                inner.page.insert(at + n * 16, half as u32);
+            }
+        }
+    }
+
+    fn shown_apic(&self) -> (u8, u64) {
+        let inner = self.inner();
+        let get = |at| inner.page.get(&at).copied().unwrap_or(0);
+        (get(0x80) as u8, u64::from(get(0x310)) << 32 | u64::from(get(0x300)))
+    }
+
+    fn take_written(&mut self, offset: u16) -> u32 {
+        self.inner().page.insert(offset & 0xff0, 0).unwrap_or(0)
     }
 
     fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {
         let lent = self.inner().lent.unwrap_or_default();
         (lent.waiting, lent.in_service)
+    }
+
+    fn lent_is_empty(&self) -> bool {
+        self.lent_interrupts() == Default::default()
     }
 
     fn posting(&self) -> Option<Arc<dyn Posting>> {
@@ -1291,7 +1375,9 @@ impl HwVcpu for FakeVcpu {
     }
 
     fn set_tpr(&mut self, v: u8) {
-        self.inner().tpr = v;
+        let mut inner = self.inner();
+        inner.tpr = v;
+        inner.page.insert(0x80, u32::from(v) << 4);
     }
 
     fn set_tsc_offset(&mut self, offset: u64) {

@@ -19,6 +19,9 @@ use crate::vcpu::{VcpuState, request};
 
 const EOI: u32 = MSR_X2APIC + 0x0b;
 const ICR: u32 = MSR_X2APIC + 0x30;
+/// EOI in the page. What is shown of it is always 0.
+const EOI_OFFSET: u32 = 0xb0;
+const _: () = assert!(MMIO_BASE == galvan_base::hw::APIC_PAGE);
 
 /// The guest's clocks.
 fn now(hw: &dyn Platform, tsc_offset: u64) -> Now {
@@ -85,6 +88,7 @@ pub fn claims(st: &VcpuState, page: u64) -> bool {
 /// Reads the APIC's page.
 pub fn mmio_read(cx: &mut Cx<'_>, offset: u32, size: u8) -> u64 {
     let st = &mut *cx.st;
+    crate::upcall::take_back(st);
     st.lapic.set_cr8(st.hw.tpr());
     let (hw, tsc_offset) = (cx.hv.hw, st.tsc_offset);
     st.lapic.mmio_read(offset, size, || now(hw, tsc_offset))
@@ -93,6 +97,8 @@ pub fn mmio_read(cx: &mut Cx<'_>, offset: u32, size: u8) -> u64 {
 /// Writes the APIC's page.
 pub fn mmio_write(cx: &mut Cx<'_>, offset: u32, size: u8, value: u64) {
     let st = &mut *cx.st;
+    crate::upcall::take_back(st);
+    st.shown_stale |= offset != EOI_OFFSET;
     st.lapic.set_cr8(st.hw.tpr());
     let (hw, tsc_offset) = (cx.hv.hw, st.tsc_offset);
     let effect = st
@@ -100,6 +106,13 @@ pub fn mmio_write(cx: &mut Cx<'_>, offset: u32, size: u8, value: u64) {
         .mmio_write(offset, size, value, || now(hw, tsc_offset));
     st.hw.set_tpr(st.lapic.cr8());
     apply_lapic_effect(cx, effect);
+}
+
+/// Finishes a write to the APIC's page that the processor has begun. Of writes to a part of a register it does
+/// not say so: what it shows then is the whole, which counts.
+pub fn written(cx: &mut Cx<'_>, offset: u16) {
+    let value = cx.st.hw.take_written(offset);
+    mmio_write(cx, offset.into(), 4, value.into());
 }
 
 /// Carries out what a register write asks for.
@@ -122,7 +135,8 @@ pub fn apply_lapic_effect(cx: &mut Cx<'_>, e: Effect) {
 /// after its state was loaded.
 pub fn publish(cx: &mut Cx<'_>) {
     let address = cx.st.lapic.address();
-    cx.vcpu.apic_view.store(address.bits(), Ordering::Release);
+    cx.st.shown_stale = true;
+    cx.vcpu.apic_view.store(address.bits(), Ordering::SeqCst);
     if address.accepts_vectors() {
         crate::upcall::recheck(cx.hv, cx.vcpu);
     }

@@ -54,7 +54,12 @@ pub fn nested_fault(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa) -> Next {
             | P2mType::GrantRo
             | P2mType::Shared => return Next::Crash(&"execution of memory shared by others"),
             P2mType::Broken => return Next::Crash(&"use of memory that has failed"),
-            P2mType::None | P2mType::RamRo | P2mType::RamDm | P2mType::MmioDm | P2mType::Pod => {}
+            P2mType::None
+            | P2mType::RamRo
+            | P2mType::RamDm
+            | P2mType::MmioDm
+            | P2mType::Pod
+            | P2mType::ApicPage => {}
         }
     }
     if is(FaultKind::FETCH) {
@@ -66,6 +71,13 @@ pub fn nested_fault(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa) -> Next {
     if cx.st.hw.event_pending() {
         // It was not the instruction but the delivery of an event, to a stack or table there.
         return Next::Crash(&"an event delivered where there is no memory");
+    }
+    if cx.st.shows_apic
+        && !is(FaultKind::PRESENT)
+        && apic::claims(cx.st, frame.addr().get())
+        && cx.dom.apic_page.map(cx.hv, cx.dom)
+    {
+        return Next::Resume;
     }
     emulate(cx, kind, gpa, hole)
 }

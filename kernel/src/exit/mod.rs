@@ -83,6 +83,10 @@ pub fn handle(cx: &mut Cx<'_>, exit: &Exit) -> Next {
             apic::apply_lapic_effect(cx, Effect::Eoi(vector));
             Next::Resume
         }
+        Exit::ApicWrite(offset) => {
+            apic::written(cx, offset);
+            Next::Resume
+        }
         Exit::Pause(len) => {
             if let Some(len) = insn::length(cx, len, insn::Kind::Pause) {
                 insn::advance(cx, len);

@@ -23,6 +23,8 @@ use crate::p2m::P2mType;
 use crate::testing::{World, config};
 use crate::vcpu::{block, request};
 
+mod apic_page;
+
 /// Where the code is, linear and physical.
 const CODE: u64 = 0x8000;
 const DATA: u64 = 0xa000;

@@ -246,6 +246,31 @@ impl<'a> Changes<'a> {
         self.insert_ref(gfn, page, P2mType::Shared)
     }
 
+    /// Has a guest frame that has nothing lead to the frame by which the processor knows accesses to a local
+    /// APIC's page. [`P2mError::Busy`] if it has something.
+    pub fn map_apic_page(&mut self, g: Gfn, mfn: Mfn) -> Result<(), P2mError> {
+        let p2m = self.p2m;
+        let mut inner = p2m.inner.write();
+        match P2mType::of(&inner.table.lookup(p2m.frames.mem(), g)) {
+            P2mType::ApicPage => Ok(()),
+            P2mType::None => self.replace(&mut inner, g, mfn, PageOrder::P4K, P2mType::ApicPage, false),
+            _ => Err(P2mError::Busy),
+        }
+    }
+
+    /// Takes that away, if it is there.
+    pub fn unmap_apic_page(&mut self, g: Gfn) -> Result<(), P2mError> {
+        let p2m = self.p2m;
+        let mut inner = p2m.inner.write();
+        match P2mType::of(&inner.table.lookup(p2m.frames.mem(), g)) {
+            P2mType::ApicPage => {
+                let nothing = Mfn::new_truncate(0);
+                self.replace(&mut inner, g, nothing, PageOrder::P4K, P2mType::None, false)
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Removes a grant mapping of this very frame. The grant may be given back to its granter only
     /// after [`Changes::finish`], even if this fails.
     pub fn unmap_grant(&mut self, gfn: Gfn, mfn: Mfn) -> Result<(), P2mError> {
@@ -275,7 +300,7 @@ impl<'a> Changes<'a> {
         let p2m = self.p2m;
         let mut inner = p2m.inner.write();
         let e = inner.table.lookup(p2m.frames.mem(), g);
-        if P2mType::of(&e) == P2mType::None {
+        if P2mType::of(&e).seen() == P2mType::None {
             return Err(P2mError::NotMapped);
         }
         self.replace(
@@ -353,7 +378,7 @@ impl<'a> Changes<'a> {
         let mut at = g.get();
         while at < end {
             let e = inner.table.lookup(p2m.frames.mem(), gfn(at));
-            if !frameless(P2mType::of(&e)) {
+            if !frameless(P2mType::of(&e).seen()) {
                 return Err(P2mError::Busy);
             }
             at += part(at, e.order, end);
@@ -620,7 +645,7 @@ impl<'a> Changes<'a> {
         inner
             .table
             .set_single(&p2m.pool, at, mfn, kind, &mut self.flush);
-        if ty != P2mType::None && p2m.max_gfn.load(Ordering::Relaxed) < g.get() {
+        if ty.seen() != P2mType::None && p2m.max_gfn.load(Ordering::Relaxed) < g.get() {
             p2m.max_gfn.fetch_max(g.get(), Ordering::Relaxed);
         }
         Ok(())
@@ -677,7 +702,9 @@ impl<'a> Changes<'a> {
             inner
                 .table
                 .map(&p2m.pool, g, mfn, size, p2m.attrs(ty), &mut self.flush)?;
-            p2m.max_gfn.fetch_max(end - 1, Ordering::Relaxed);
+            if ty.seen() != P2mType::None {
+                p2m.max_gfn.fetch_max(end - 1, Ordering::Relaxed);
+            }
         }
         Ok(())
     }

@@ -74,6 +74,10 @@ pub enum P2mType {
     Pod = 12,
     /// RAM that has failed.
     Broken = 13,
+    /// The frame by which the processor knows accesses to a local APIC's page ([`crate::apic_page`]). It is
+    /// the machine's, not counted, and no memory to anybody: whoever looks a guest frame up is told
+    /// [`P2mType::None`].
+    ApicPage = 14,
 }
 
 /// What to do with a page of guest memory.
@@ -86,7 +90,7 @@ pub enum Want {
 }
 
 impl P2mType {
-    const ALL: [P2mType; 14] = [
+    const ALL: [P2mType; 15] = [
         P2mType::None,
         P2mType::Ram,
         P2mType::RamRo,
@@ -101,6 +105,7 @@ impl P2mType {
         P2mType::Shared,
         P2mType::Pod,
         P2mType::Broken,
+        P2mType::ApicPage,
     ];
 
     #[inline]
@@ -114,6 +119,15 @@ impl P2mType {
             .get(usize::from(sw))
             .copied()
             .unwrap_or(P2mType::None)
+    }
+
+    /// What others than the p2m and the processor see of it.
+    #[inline]
+    const fn seen(self) -> P2mType {
+        match self {
+            P2mType::ApicPage => P2mType::None,
+            ty => ty,
+        }
     }
 
     /// The frame belongs to the domain, and the entry is where it is mapped.
@@ -178,7 +192,7 @@ impl P2mType {
         let (read, write, exec) = match self {
             P2mType::Ram | P2mType::MmioDirect => (true, true, true),
             P2mType::RamRo | P2mType::LogDirty => (true, false, true),
-            P2mType::ForeignRw | P2mType::GrantRw | P2mType::Shared => (true, true, false),
+            P2mType::ForeignRw | P2mType::GrantRw | P2mType::Shared | P2mType::ApicPage => (true, true, false),
             P2mType::ForeignRo | P2mType::GrantRo => (true, false, false),
             _ => (false, false, false),
         };
@@ -530,7 +544,7 @@ impl P2m {
         let (mfn, sw, order) = self.inner.read().table.peek(self.frames.mem(), gfn);
         Lookup {
             mfn,
-            ty: P2mType::from_sw(sw),
+            ty: P2mType::from_sw(sw).seen(),
             order,
         }
     }
@@ -545,7 +559,7 @@ impl P2m {
             return Err(if ty.is_readable_ram() {
                 PageError::ReadOnly
             } else {
-                PageError::NotRam(ty)
+                PageError::NotRam(ty.seen())
             });
         }
         // The frame cannot go while the entry is there: entries are removed under the lock, and let
@@ -566,7 +580,7 @@ impl P2m {
         Ok(found.map(|(g, e)| {
             let l = Lookup {
                 mfn: e.mfn,
-                ty: P2mType::of(&e),
+                ty: P2mType::of(&e).seen(),
                 order: e.order,
             };
             (g, l)

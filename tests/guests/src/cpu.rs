@@ -2,7 +2,7 @@
 
 use core::arch::{asm, global_asm};
 use core::cell::UnsafeCell;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::println;
 
@@ -175,8 +175,22 @@ pub static CAUGHT: AtomicU64 = AtomicU64::new(0);
 /// Interrupts that came by vectors nobody asked for.
 pub static STRAY: AtomicU64 = AtomicU64::new(0);
 
+/// What is called for interrupts; 0: nothing.
+static HOOK: AtomicUsize = AtomicUsize::new(0);
+
+/// Has a function called for interrupts by vectors nobody has set a gate for, which then ends them.
+pub fn set_interrupt_hook(hook: Option<fn(u8)>) {
+    HOOK.store(hook.map_or(0, |h| h as usize), Ordering::Relaxed);
+}
+
 extern "C" fn trap(t: &mut Trap) {
     if t.vector >= 32 {
+        let hook = HOOK.load(Ordering::Relaxed);
+        if hook != 0 {
+            // SAFETY: `set_interrupt_hook` has stored one.
+            let hook = unsafe { core::mem::transmute::<usize, fn(u8)>(hook) };
+            return hook(t.vector as u8);
+        }
         STRAY.fetch_add(1, Ordering::Relaxed);
         if crate::events::x2apic() {
             wrmsr(0x80b, 0);

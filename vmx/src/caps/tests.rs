@@ -166,8 +166,9 @@ fn the_controls_of_a_known_processor_are_these() {
             entry: 0xd1ff,
         }
     );
-    assert_eq!(c.features, Features::VPID | Features::PAUSE_LOOP);
+    assert_eq!(c.features, Features::VPID | Features::PAUSE_LOOP | Features::APIC_PAGE);
     assert_eq!(c.virtual_eoi(), 0, "servers alone had it then");
+    assert_eq!((c.apic_page(false), c.apic_page(true)), (1, 1), "TPR alone");
     assert_eq!((c.revision, c.phys_bits), (4, 39));
     assert!(c.length_0 && c.ibpb);
     let old = settle(&westmere(), Features::empty()).unwrap();
@@ -181,7 +182,7 @@ fn a_name_takes_a_feature_away() {
     let vpid = Features::by_name("vpid").unwrap();
     let c = settle(&skylake(), vpid).unwrap();
     assert_eq!(c.controls.secondary & secondary::VPID, 0);
-    assert_eq!(c.features, Features::PAUSE_LOOP);
+    assert_eq!(c.features, Features::PAUSE_LOOP | Features::APIC_PAGE);
     let pause = Features::by_name("pausefilter").unwrap();
     let c = settle(&skylake(), pause).unwrap();
     assert_eq!(c.controls.secondary & secondary::PAUSE_LOOP, 0);
@@ -202,16 +203,32 @@ fn interrupts_are_ended_by_processors_that_can() {
     for (name, gone) in [
         ("virtualintr", Features::VIRTUAL_INTERRUPTS | Features::POSTED),
         ("posted", Features::POSTED),
+        ("apicpage", Features::APIC_PAGE),
     ] {
         let off = Features::by_name(name).unwrap();
         let c = settle(&sapphire_rapids(), off).unwrap();
         assert_eq!(c.features, Features::all() - gone, "{name}");
-        assert_eq!(c.controls.exit >> 15 & 1, 0, "{name}");
+        let posted = c.features.contains(Features::POSTED);
+        assert_eq!(c.controls.exit >> 15 & 1, posted.into(), "{name}");
     }
     let mut r = sapphire_rapids();
     r.secondary &= !(1 << 40);
     let c = settle(&r, Features::empty()).unwrap();
     assert_eq!(c.virtual_eoi(), 0x210, "registers are read by exits");
+    assert_eq!((c.apic_page(false), c.apic_page(true)), (1, 0x201));
+    // The APIC's page.
+    let all = settle(&sapphire_rapids(), Features::empty()).unwrap();
+    assert_eq!((all.apic_page(false), all.apic_page(true)), (0x101, 0x301));
+    assert_eq!(all.controls.secondary & 1, 0, "not before a vCPU shows it");
+    let mut r = sapphire_rapids();
+    r.secondary &= !(1 << 32);
+    let c = settle(&r, Features::empty()).unwrap();
+    assert_eq!((c.features, c.virtual_eoi()), (Features::all() - Features::APIC_PAGE, 0x310));
+    let mut r = sapphire_rapids();
+    r.secondary &= !(1 << 41);
+    let c = settle(&r, Features::empty()).unwrap();
+    assert!(c.features.contains(Features::APIC_PAGE | Features::APIC_REGISTERS));
+    assert_eq!((c.apic_page(true), c.virtual_eoi()), (0x101, 0), "without delivery");
     // MSRs of the x2APIC have to be virtual.
     let mut r = sapphire_rapids();
     r.secondary &= !(1 << 36);
@@ -308,7 +325,7 @@ fn what_is_lacking_is_named_and_nothing_is_named_twice() {
     let old = settle(&westmere(), Features::empty()).unwrap();
     assert_eq!(
         std::format!("{old}"),
-        "EPT, unrestricted guest, VPID, RDTSCP, INVEPT of one table, INVVPID of one VPID; \
+        "EPT, unrestricted guest, VPID, virtual APIC accesses, RDTSCP, INVEPT of one table, INVVPID of one VPID; \
          without pause-loop exiting, virtual EOI, APIC-register virtualization, \
          virtual-interrupt delivery, posted interrupts, 1 GiB pages, XSAVE, INVPCID, IBPB, injection without length"
     );

@@ -4,6 +4,7 @@ use std::vec;
 
 use galvan_base::state::EFER_NXE;
 
+use super::apic::{IRR_WORD, ISR_WORD};
 use super::*;
 use crate::caps::{self, Caps, settle};
 use crate::exit::reason;
@@ -610,6 +611,180 @@ fn interrupts_that_wait_are_there_too_and_the_highest_is_named() {
     });
     enter(&mut v);
     v.unload();
+}
+
+fn word(v: &Vcpu<Fake>, at: usize) -> u64 {
+    v.apic.get(at / 8).unwrap().load(Relaxed)
+}
+
+const SHOWN: Shown<'static> = Shown {
+    tpr: 0x2f,
+    level: [0, 1 << 33, 0, 0],
+    interrupts: Lent {
+        waiting: [0, 1 << 33 | 1, 0, 0],
+        in_service: [1 << 35, 0, 0, 0],
+        exits: [0, 1 << 33, 0, 0],
+    },
+    does: VirtualApic::Delivers,
+    registers: &[(0x20, 6 << 24), (0x350, 0x1_0700)],
+};
+
+#[test]
+fn the_page_of_a_local_apic_is_answered_from_the_virtual_apic_page() {
+    let vmx = boot(settle(&caps::tests::sapphire_rapids(), Features::empty()).unwrap());
+    let mut v = vcpu(vmx, 0x1000, false);
+    assert!(v.shows_apic());
+    let frame = vmx.apic_access_page().unwrap().addr().get();
+    v.load();
+    log();
+    v.show_apic(&SHOWN);
+    guest(move |g| {
+        // APIC accesses, registers and interrupt delivery; not x2APIC mode.
+        assert_eq!(g.get(field::SECONDARY) & 0x311, 0x301);
+        assert_eq!(g.get(field::APIC_ACCESS), frame);
+        assert_eq!(g.get(field::MSR_BITMAP), vmx.msrs.mpa().get());
+        assert_eq!(g.get(field::INTERRUPT_STATUS), 35 << 8 | 97);
+        assert_eq!(g.get(field::EOI_EXITS + 2), 1 << 33);
+        assert_eq!(g.get(field::PIN) & 0x80, 0x80);
+        g.exit(reason::APIC_WRITE);
+        g.set(field::QUALIFICATION, 0x350);
+    });
+    assert_eq!(enter(&mut v), Exit::ApicWrite(0x350));
+    assert!(log().contains(&"invept"), "translations to the page meant something else");
+    assert_eq!((word(&v, 0x80), word(&v, 0x20)), (0x2f, 6 << 24));
+    assert_eq!((word(&v, 0x1b0), word(&v, 0x220), word(&v, 0x230), word(&v, 0x110)), (2, 1, 2, 8));
+    // The guest's write is taken; the register is shown anew.
+    assert_eq!(v.take_written(0x350), 0x1_0700);
+    assert_eq!((v.take_written(0x353), word(&v, 0x350)), (0, 0));
+    assert_eq!(v.shown_apic(), (0x2f, 0));
+    v.apic.get(0x310 / 8).unwrap().store(7 << 24, Relaxed);
+    v.apic.get(0x300 / 8).unwrap().store(0x4_0041, Relaxed);
+    assert_eq!(v.shown_apic(), (0x2f, 7 << 56 | 0x4_0041));
+    // Nothing changes: a look at the interrupts.
+    accesses();
+    v.show_apic(&Shown { registers: &[], ..SHOWN });
+    assert_eq!(accesses(), (1, 0));
+    // x2APIC mode.
+    v.lend_interrupts(Some(&Lent::default()));
+    guest(|g| {
+        assert_eq!(g.get(field::SECONDARY) & 0x311, 0x310);
+        assert_eq!(g.get(field::INTERRUPT_STATUS), 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    assert!(log().contains(&"invept"));
+    assert_eq!((word(&v, 0x230), word(&v, 0x110)), (0, 0));
+    v.lend_interrupts(None);
+    guest(|g| {
+        assert_eq!(g.get(field::SECONDARY) & 0x311, 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    assert!(!log().contains(&"invept"));
+    v.unload();
+}
+
+#[test]
+fn interrupts_that_are_only_shown_are_not_named_to_the_processor() {
+    let off = Features::by_name("virtualintr").unwrap();
+    let vmx = boot(settle(&caps::tests::sapphire_rapids(), off).unwrap());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    let ends = Shown { does: VirtualApic::Ends, ..SHOWN };
+    v.show_apic(&ends);
+    guest(|g| {
+        assert_eq!(g.get(field::SECONDARY) & 0x311, 0x301);
+        assert_eq!(g.get(field::INTERRUPT_STATUS), 35 << 8);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    let lent = SHOWN.interrupts;
+    assert_eq!(v.lent_interrupts(), (lent.waiting, lent.in_service), "though RVI is 0");
+    assert!(!v.lent_is_empty());
+    // The guest sends itself vector 98: RVI says so until the next entry.
+    v.show_apic(&ends);
+    guest(|g| {
+        g.set(field::INTERRUPT_STATUS, 35 << 8 | 98);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    v.apic.get(0x230 / 8).unwrap().fetch_or(4, Relaxed);
+    let mut more = lent;
+    more.waiting[1] |= 1 << 34;
+    assert_eq!(v.lent_interrupts().0, more.waiting);
+    v.show_apic(&Shown { interrupts: more, ..ends });
+    // And with the interrupts held back: they stay shown, and the processor does nothing with them.
+    for (does, delivery) in [(VirtualApic::Ends, 0x200), (VirtualApic::None, 0), (VirtualApic::Ends, 0x200)] {
+        v.show_apic(&Shown { interrupts: more, does, ..ends });
+        guest(move |g| {
+            assert_eq!(g.get(field::SECONDARY) & 0x311, 0x101 | delivery);
+            assert_eq!(g.get(field::INTERRUPT_STATUS), 35 << 8);
+            g.exit(reason::HLT);
+        });
+        log();
+        enter(&mut v);
+        assert!(!log().contains(&"invept"));
+        assert_eq!(v.lent_interrupts(), (more.waiting, more.in_service));
+    }
+    // All delivered and ended by the processor.
+    v.write_vectors(IRR_WORD, more.waiting, [0; 4]);
+    v.write_vectors(ISR_WORD, more.in_service, [0; 4]);
+    guest(|g| {
+        g.set(field::INTERRUPT_STATUS, 0);
+        g.exit(reason::HLT);
+    });
+    enter(&mut v);
+    assert_eq!(v.lent_interrupts(), ([0; 4], [0; 4]));
+    v.show_apic(&Shown { interrupts: Lent::default(), ..ends });
+    guest(|g| g.exit(reason::HLT));
+    enter(&mut v);
+    assert!(v.lent_is_empty());
+    v.unload();
+}
+
+#[test]
+fn a_processor_without_virtual_interrupts_shows_the_page_all_the_same() {
+    // It has nothing to say of interrupts: asking it would panic here.
+    let vmx = boot(settle(&caps::tests::skylake(), Features::empty()).unwrap());
+    let mut v = vcpu(vmx, 0x1000, false);
+    assert_eq!((v.shows_apic(), v.virtual_apic()), (true, VirtualApic::None));
+    v.load();
+    for _ in 0..2 {
+        v.show_apic(&Shown { does: VirtualApic::None, ..SHOWN });
+        guest(|g| {
+            assert_eq!(g.get(field::SECONDARY) & 0x311, 0x001);
+            g.exit(reason::APIC_ACCESS);
+            g.set(field::QUALIFICATION, 0x1300);
+        });
+        let at = galvan_base::Gpa::new_truncate(0xfee0_0300);
+        assert!(matches!(enter(&mut v), Exit::NestedFault(_, gpa) if gpa == at));
+        assert_eq!(v.lent_interrupts(), (SHOWN.interrupts.waiting, SHOWN.interrupts.in_service));
+    }
+    v.lend_interrupts(None);
+    v.unload();
+    // None at all.
+    let off = Features::by_name("apicpage").unwrap();
+    let vmx = boot(settle(&caps::tests::skylake(), off).unwrap());
+    assert!(!vcpu(vmx, 0x1000, false).shows_apic());
+    assert_eq!(vmx.apic_access_page(), None);
+}
+
+#[test]
+fn the_apic_access_page_is_no_memory_to_pae_paging() {
+    let vmx = boot(settle(&caps::tests::sapphire_rapids(), Features::empty()).unwrap());
+    let v = vcpu(vmx, 0x1000, false);
+    let frame = vmx.apic_access_page().unwrap().addr().get();
+    machine(|m| {
+        m.memory.insert(0x1000, 0x2007);
+        m.memory.insert(0x2000 + 3 * 8, 0x3007);
+        m.memory.insert(0x3000 + (0xfee0_0000 >> 21 & 511) * 8, 0x4007);
+        m.memory.insert(0x4000, frame | 7);
+        m.memory.insert(0x4008, 0x5007);
+        m.memory.insert(frame, 0x1234_5001);
+        m.memory.insert(0x5000, 0x1234_5001);
+    });
+    assert_eq!(v.read_guest(0xfee0_0000), None);
+    assert_eq!(v.read_guest(0xfee0_1000), Some(0x1234_5001));
 }
 
 #[test]
