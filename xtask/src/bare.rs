@@ -113,6 +113,11 @@ pub fn guest(name: &str) -> Result<PathBuf> {
     artefact(HYPERVISOR_TARGET, false, name)
 }
 
+/// The image that the last build of [`Variant::Release`] has left, with its symbols.
+pub fn hypervisor_image() -> Result<PathBuf> {
+    artefact(HYPERVISOR_TARGET, false, "galvan")
+}
+
 /// Builds the hypervisor and its two loaders, the UEFI application and the multiboot image.
 pub fn build(variant: Variant) -> Result<Built> {
     let debug = variant == Variant::Debug;

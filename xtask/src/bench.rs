@@ -6,6 +6,7 @@
 mod block;
 mod counter;
 mod machine;
+mod profile;
 mod vtx;
 
 use std::collections::HashMap;
@@ -89,6 +90,12 @@ pub struct Args {
     /// On VT-x, in Bochs: there the guest is one of `xl` on both, and dom0 on Galvan as well.
     #[arg(long, conflicts_with_all = ["only_ways", "only_block", "only_operations"])]
     vtx: bool,
+    /// Of one operation, by its name in `bench`: in which functions its instructions are. Nothing is written.
+    #[arg(long, value_name = "OPERATION", requires = "vtx")]
+    profile: Option<String>,
+    /// The same as a guest of `xl`, and not as dom0.
+    #[arg(long, requires = "profile")]
+    guest: bool,
     /// Where the table goes.
     #[arg(long)]
     out: Option<PathBuf>,

@@ -113,6 +113,18 @@ pub struct Machine {
     /// The disk the firmware boots from. The machine writes to it, and it is made a whole number
     /// of cylinders long.
     pub boot: PathBuf,
+    /// A trace to write.
+    pub trace: Option<Trace>,
+}
+
+/// A line for each executed instruction, from the first `xchg bx, bx` on, and then the end of the machine. A
+/// Bochs with a debugger writes it.
+#[derive(Debug, Clone)]
+pub struct Trace {
+    /// Where it goes.
+    pub to: PathBuf,
+    /// How many instructions.
+    pub instructions: u32,
 }
 
 /// A machine that was started; dropping it switches it off.
@@ -133,6 +145,7 @@ impl Machine {
             mem: 1024,
             bios: false,
             boot: boot.to_owned(),
+            trace: None,
         }
     }
 
@@ -148,7 +161,7 @@ impl Machine {
              megs: {}\n\
              cpu: model={}, count={},{} ips={IPS}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
              clock: sync=none\n\
-             {}\
+             {}{}\
              com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
              ata0-master: type=disk, path=\"{}\", mode=flat, cylinders=0\n\
              boot: disk\n\
@@ -168,6 +181,7 @@ impl Machine {
             // As many instructions as Bochs allows before it is another processor's turn.
             if self.smp > 1 { " quantum=32," } else { "" },
             if kind.sound { "sound: driver=dummy\n" } else { "" },
+            if self.trace.is_some() { "magic_break: enabled=1\n" } else { "" },
             self.boot.display(),
             dir.join("bochs.log").display(),
         )
@@ -198,14 +212,23 @@ impl Machine {
         command
             .args(["--pdeathsig", "KILL", &program, "-q", "-f"])
             .arg(dir.join("bochsrc"));
+        let mut commands = "c\n".to_owned();
+        let mut trace = Stdio::null();
+        if let Some(wanted) = &self.trace {
+            if !kind.debugger {
+                bail!("{program} has no debugger, so that it traces nothing");
+            }
+            commands += &format!("trace on\ns {}\nq\n", wanted.instructions);
+            trace = File::create(&wanted.to)?.into();
+        }
         if kind.debugger {
-            fs::write(dir.join("rc"), "c\n")?;
+            fs::write(dir.join("rc"), commands)?;
             command.arg("-rc").arg(dir.join("rc"));
         }
         let child = command
             .current_dir(&dir)
             .stdin(Stdio::null())
-            .stdout(Stdio::null())
+            .stdout(trace)
             .stderr(out)
             .spawn()
             .context("cannot start Bochs")?;

@@ -69,17 +69,22 @@ pub enum Firmware {
     Bios,
 }
 
-/// The same in Bochs, whose processor has VT-x, and whose clock always counts instructions.
+/// The same in Bochs, whose processor has VT-x, and whose clock always counts instructions; with a trace, if
+/// one is wanted.
 pub fn run_in_bochs(
     name: &str,
     contents: &esp::Contents,
     firmware: Firmware,
     silence: Duration,
+    trace: Option<bochs::Trace>,
     line: impl FnMut(&str) -> Line,
 ) -> Result<()> {
     fs::create_dir_all(paths::out())?;
     let image = paths::out().join(format!("bench-{name}.img"));
     let mut machine = bochs::Machine::new(&image);
+    // The end of a trace is the end of the machine.
+    let traced = trace.is_some();
+    machine.trace = trace;
     match firmware {
         Firmware::Uefi => esp::write_image(&image, contents)?,
         Firmware::Bios => {
@@ -91,7 +96,7 @@ pub fn run_in_bochs(
     let (log, ended) = listen(running.serial()?, silence, line);
     drop(running);
     let _ = fs::remove_file(&image);
-    judge(name, &log, ended)
+    judge(name, &log, ended || traced)
 }
 
 /// dom0 as a ramdisk with the toolstack, and `files` (path, mode, contents) in it.

@@ -14,9 +14,16 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 
 use super::machine::{self, Firmware, Line};
-use super::{Args, BOOT_TARGET, LIMIT, Measured, OPERATIONS, Table, version, write, xens_version};
+use super::{
+    Args, BOOT_TARGET, LIMIT, Measured, OPERATIONS, Table, profile, version, write, xens_version,
+};
 use crate::run::Hypervisor;
-use crate::{bochs, grub, setup, sh, toolstack};
+use crate::{bochs, grub, paths, setup, sh, toolstack};
+
+/// What dom0's init runs.
+fn script(cmdline: &str) -> String {
+    SCRIPT.replace("CMDLINE", cmdline)
+}
 
 /// RDTSC must not exit, as it does not on Galvan. `xl` waits for the guest's end, so that dom0 has nothing to do.
 const SCRIPT: &str = r#"
@@ -24,6 +31,7 @@ cat > /root/bench.cfg <<X
 type="pvh"
 name="bench"
 kernel="/root/bench"
+extra="CMDLINE"
 memory=32
 vcpus=2
 tsc_mode="native"
@@ -43,17 +51,21 @@ const COLUMNS: &[&str] = &["exits", "TLB flushes", "VMREADs", "VMWRITEs", "as do
 pub fn bench(args: &Args, guest: &Path) -> Result<()> {
     setup::ensure(setup::FOR_BOCHS)?;
     setup::ensure(setup::FOR_GRUB)?;
-    let counted = as_dom0("vtx-counts", &Hypervisor::counting_vmcs()?, guest)?;
+    if let Some(operation) = &args.profile {
+        return profile(operation, args.guest, guest);
+    }
+    let counted = as_dom0("vtx-counts", &Hypervisor::counting_vmcs()?, guest, "", None)?
+        .complete("vtx-counts")?;
     ensure!(
         !counted.counts.is_empty() && counted.counts.values().all(|c| c.len() == 4),
         "the build that counts VMREADs and VMWRITEs does not"
     );
     // Built last, so that it is the one that is left.
     let hypervisor = Hypervisor::galvan()?;
-    let dom0 = as_dom0("vtx-dom0", &hypervisor, guest)?;
-    let galvan = as_guest("vtx-galvan", &hypervisor, guest)?;
+    let dom0 = as_dom0("vtx-dom0", &hypervisor, guest, "", None)?.complete("vtx-dom0")?;
+    let galvan = as_guest("vtx-galvan", &hypervisor, guest, "", None)?.complete("vtx-galvan")?;
     let xen = (!args.no_xen)
-        .then(|| as_guest("vtx-xen", &Hypervisor::stock()?, guest))
+        .then(|| as_guest("vtx-xen", &Hypervisor::stock()?, guest, "", None)?.complete("vtx-xen"))
         .transpose()?;
 
     let table = table(&galvan, xen.as_ref(), &dom0, &counted);
@@ -85,34 +97,68 @@ pub fn bench(args: &Args, guest: &Path) -> Result<()> {
     write(args, "RESULTS-VTX.md", &text)
 }
 
+/// Traces the micro-guest at one operation, as dom0 or as a guest, and prints its profile.
+fn profile(operation: &str, as_a_guest: bool, guest: &Path) -> Result<()> {
+    ensure!(
+        OPERATIONS.iter().any(|o| o.name == operation),
+        "no operation is called {operation}"
+    );
+    let hypervisor = Hypervisor::galvan()?;
+    let file = paths::out().join("bench-trace.log");
+    let trace = bochs::Trace {
+        to: file.clone(),
+        instructions: profile::INSTRUCTIONS,
+    };
+    let only = format!("only={operation}");
+    // The machine ends with the trace, in the middle of what it did.
+    let _ = match as_a_guest {
+        false => as_dom0("vtx-profile", &hypervisor, guest, &only, Some(trace))?,
+        true => as_guest("vtx-profile", &hypervisor, guest, &only, Some(trace))?,
+    };
+    profile::print(&file)
+}
+
 /// What the micro-guest measures as dom0 of Galvan.
-fn as_dom0(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measured> {
+fn as_dom0(
+    name: &str,
+    hypervisor: &Hypervisor,
+    guest: &Path,
+    cmdline: &str,
+    trace: Option<bochs::Trace>,
+) -> Result<Measured> {
     let step = sh::Step::start(format!("{name}: the micro-guest as dom0, in Bochs"));
     let options = bochs::options(super::OPTIONS);
-    let contents = hypervisor.contents(&options, "", guest, None);
+    let contents = hypervisor.contents(&options, cmdline, guest, None);
     let mut measured = Measured::default();
     machine::run_in_bochs(
         name,
         &contents,
         Firmware::Uefi,
         LIMIT,
+        trace,
         |line| match measured.line(line) {
             true => Line::Last,
             false => Line::More,
         },
     )?;
     step.done();
-    measured.complete(name)
+    Ok(measured)
 }
 
 /// What it measures as a guest of `hypervisor`.
-fn as_guest(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measured> {
+fn as_guest(
+    name: &str,
+    hypervisor: &Hypervisor,
+    guest: &Path,
+    cmdline: &str,
+    trace: Option<bochs::Trace>,
+) -> Result<Measured> {
     let step = sh::Step::start(format!("{name}: the micro-guest by xl, in Bochs (minutes)"));
     let bench = std::fs::read(guest)?;
     let dom0 = machine::ramdisk(
         "vtx",
         &[
-            ("root/micro.sh", 0o755, SCRIPT.as_bytes()),
+            ("root/micro.sh", 0o755, script(cmdline).as_bytes()),
             ("root/bench", 0o755, &bench),
         ],
     )?;
@@ -125,7 +171,7 @@ fn as_guest(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measure
     )?;
     grub::by_multiboot1(&mut contents);
     let mut measured = Measured::default();
-    machine::run_in_bochs(name, &contents, Firmware::Bios, SILENCE, |line| {
+    machine::run_in_bochs(name, &contents, Firmware::Bios, SILENCE, trace, |line| {
         measured.line(line);
         for (word, what) in [
             ("DOM0-UP", "dom0 is up"),
@@ -141,12 +187,8 @@ fn as_guest(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Measure
             false => Line::More,
         }
     })?;
-    ensure!(
-        !measured.ticks.is_empty(),
-        "{name}: the guest has measured nothing"
-    );
     step.done();
-    measured.complete(name)
+    Ok(measured)
 }
 
 /// A machine that says nothing for so long will not say any more.
