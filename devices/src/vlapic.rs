@@ -306,6 +306,18 @@ impl Vlapic {
         (irr, core::array::from_fn(|n| (irr[n] | isr[n]) & tmr[n]))
     }
 
+    /// The one that waits and the one that is in service, 0 for none, if there are no more of either and
+    /// their ends matter to nobody else.
+    #[inline]
+    pub fn few(&self) -> Option<(u8, u8)> {
+        let (irrv, isrv) = (self.irrv, self.isrv);
+        let few = self.irr.has_only(irrv)
+            && self.isr.has_only(isrv)
+            && !self.tmr.test(irrv)
+            && !self.tmr.test(isrv);
+        few.then_some((irrv, isrv))
+    }
+
     /// What is still in service of what such a processor had.
     #[inline]
     pub fn set_in_service(&mut self, isr: [u64; 4]) {

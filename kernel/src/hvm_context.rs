@@ -218,7 +218,7 @@ fn save_cpu(hv: Hv, st: &VcpuState) -> HvmHwCpu {
     st.hw.fpu(&mut c.fpu_regs);
     c.flags = XEN_X86_FPU_INITIALISED;
     (c.rax, c.rbx, c.rcx, c.rdx) = (r.rax, r.rbx, r.rcx, r.rdx);
-    (c.rbp, c.rsi, c.rdi, c.rsp) = (r.rbp, r.rsi, r.rdi, r.rsp);
+    (c.rbp, c.rsi, c.rdi, c.rsp) = (r.rbp, r.rsi, r.rdi, s.rsp);
     (c.r8, c.r9, c.r10, c.r11) = (r.r8, r.r9, r.r10, r.r11);
     (c.r12, c.r13, c.r14, c.r15) = (r.r12, r.r13, r.r14, r.r15);
     (c.rip, c.rflags) = (s.rip, s.rflags);
@@ -494,7 +494,6 @@ impl Loader<'_> {
             rcx: c.rcx,
             rdx: c.rdx,
             rbx: c.rbx,
-            rsp: c.rsp,
             rbp: c.rbp,
             rsi: c.rsi,
             rdi: c.rdi,
@@ -610,7 +609,7 @@ impl Loader<'_> {
 fn arch_state(c: &HvmHwCpu, pat: Option<u64>) -> Result<ArchState, Refused> {
     let mut s = ArchState::at_reset();
     // Toolstacks leave the bit that is always set to whoever loads it.
-    (s.rip, s.rflags) = (c.rip, c.rflags | 2);
+    (s.rip, s.rsp, s.rflags) = (c.rip, c.rsp, c.rflags | 2);
     (s.cr0, s.cr2, s.cr3, s.cr4) = (c.cr0, c.cr2, c.cr3, c.cr4);
     s.efer = c.msr_efer;
     s.dr6 = c.dr6 | DR6_FIXED;

@@ -90,19 +90,29 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
         st: &mut guard,
     };
     crate::time::scheduled_in(&mut cx, now);
+    let mut looked = Some(now);
     let turn = hv.sched.turn(cpu);
+    // When it ends, as far as the CPU's timer is set for it.
+    let mut turn_ends = u64::MAX;
     // The next entry depends on nothing that may have changed since the last: see `Next::Quiet`.
     let mut quiet = false;
+    // What the processor has of the local APIC, and whether that is all that waits.
+    let (mut lent, mut delivers) = ((VirtualApic::None, false), false);
+    // The length of an instruction that is still to be stepped over.
+    let mut behind = 0;
     loop {
         if !quiet {
+            if behind != 0 {
+                exit::insn::advance(&mut cx, core::mem::take(&mut behind));
+            }
             crate::upcall::take_back(cx.st);
-            hv.timers.expire(hv, cpu, None);
+            let now = hv.timers.expire(hv, cpu, looked.take());
             // What is due may post an event, which is then served in the same round.
-            let now = crate::time::expire_own(&mut cx);
+            let now = crate::time::expire_own(&mut cx, now);
             if v.has_posted() {
                 serve_requests(&mut cx);
             }
-            if !v.runnable() || hv.sched.must_yield(hv, cpu) {
+            if !v.runnable() || hv.sched.must_yield(hv, cpu, now) {
                 break;
             }
             if !crate::upcall::prepare_entry(&mut cx) {
@@ -118,8 +128,12 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
                 }
                 break;
             }
+            lent = (cx.st.lent, cx.st.shown);
+            delivers = cx.st.lent == VirtualApic::Delivers;
             let own = sooner(cx.st.next_deadline(), exit::apic::deadline(cx.st, hv));
-            let cpus = sooner(hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu));
+            turn_ends = turn.ends();
+            let turns = (turn_ends != u64::MAX).then_some(turn_ends);
+            let cpus = sooner(hv.timers.next_deadline(cpu), turns);
             hv.timers.arm(hv, cpu, sooner(own, cpus), now);
         }
         quiet = false;
@@ -131,17 +145,16 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
             cx.st.hw.flush_tlb();
         }
         // Whoever changed something for us before we announced the entry has not kicked us.
-        if v.wants_a_look() || turn.may_be_over() && hv.sched.must_yield(hv, cpu) {
+        if v.wants_a_look() || turn.ends() != turn_ends {
             me.in_guest.store(0, Ordering::SeqCst);
             continue;
         }
-        let delivers = cx.st.lent == VirtualApic::Delivers;
         if delivers && !v.open_posting() {
             me.in_guest.store(0, Ordering::SeqCst);
             continue;
         }
         let st = &mut *cx.st;
-        let exit = st.hw.enter(&mut st.regs);
+        let exit = st.hw.enter_behind(&mut st.regs, behind);
         if delivers {
             v.close_posting();
         }
@@ -152,14 +165,20 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
         me.entries.store(entries.wrapping_add(1), Ordering::Relaxed);
         me.in_guest.store(0, Ordering::Release);
 
-        if matches!(exit, Exit::Interrupt | Exit::Nmi) {
-            hv.hw.take_interrupts();
+        if matches!(exit, Exit::Interrupt | Exit::Nmi | Exit::StepFirst) {
+            if exit != Exit::StepFirst {
+                behind = 0;
+                hv.hw.take_interrupts();
+            }
             continue;
         }
-        let lent = (cx.st.lent, cx.st.shown);
+        behind = 0;
         match exit::handle(&mut cx, &exit) {
             Next::Resume => {}
-            Next::Quiet => quiet = lent == (cx.st.lent, cx.st.shown),
+            Next::Quiet(len) => {
+                behind = len;
+                quiet = lent == (cx.st.lent, cx.st.shown);
+            }
             Next::Yield => {
                 hv.sched.yield_turn(hv, cpu);
                 break;
@@ -169,7 +188,8 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
                     break;
                 }
             }
-            Next::Crash(reason) => {
+            Next::Crash(why) => {
+                let reason = why.text();
                 exit::report_crash(&cx, exit, reason);
                 d.crash(hv, reason);
                 break;

@@ -204,6 +204,8 @@ fn write_runstate_at(cx: &mut Cx<'_>, a: u64) {
 
 /// The vCPU begins a turn on this CPU, at system time `now`.
 pub fn scheduled_in(cx: &mut Cx<'_>, now: u64) {
+    // Its last turn may have ended elsewhere since somebody looked.
+    let now = now.max(cx.st.runstate.since);
     // Between the end of its wait and now it was runnable.
     let woken = cx.vcpu.unit.woken_at();
     let rs = &mut cx.st.runstate;
@@ -236,19 +238,19 @@ pub fn scheduled_out(cx: &mut Cx<'_>) {
     write_runstate(cx);
 }
 
-/// Serves the deadlines of the vCPU that runs here which have passed. Gives the time, if it had to
-/// look.
+/// Serves the deadlines of the vCPU that runs here which have passed. `now` is the time, if somebody has
+/// looked; gives it, if it had to look.
 #[inline]
-pub fn expire_own(cx: &mut Cx<'_>) -> Option<u64> {
+pub fn expire_own(cx: &mut Cx<'_>, now: Option<u64>) -> Option<u64> {
     let t = &cx.st.timers;
     if t.singleshot.is_none()
         && t.periodic.is_none()
         && t.poll.is_none()
         && cx.st.lapic.timer_deadline().is_none()
     {
-        return None;
+        return now;
     }
-    let now = cx.hv.hw.now_ns();
+    let now = now.unwrap_or_else(|| cx.hv.hw.now_ns());
     serve_deadlines(cx, now);
     Some(now)
 }

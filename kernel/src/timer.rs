@@ -53,26 +53,29 @@ impl TimerQueues {
         self.0.cancel(v);
     }
 
-    /// Wakes all that are due on `cpu`, the caller; `now` is the time if that is known.
+    /// Wakes all that are due on `cpu`, the caller; `now` is the time if that is known. Gives it, if it is or
+    /// had to be.
     #[inline(always)]
-    pub fn expire(&self, hv: Hv, cpu: CpuId, now: Option<u64>) {
-        if let Some(first) = self.0.first(cpu) {
-            self.wake_due(hv, cpu, first, now);
+    pub fn expire(&self, hv: Hv, cpu: CpuId, now: Option<u64>) -> Option<u64> {
+        match self.0.first(cpu) {
+            Some(first) => Some(self.wake_due(hv, cpu, first, now)),
+            None => now,
         }
     }
 
-    fn wake_due(&self, hv: Hv, cpu: CpuId, mut first: u64, now: Option<u64>) {
+    fn wake_due(&self, hv: Hv, cpu: CpuId, mut first: u64, now: Option<u64>) -> u64 {
         let now = now.unwrap_or_else(|| hv.hw.now_ns());
         while first <= now {
             let Some(v) = self.0.pop_due(cpu, now) else {
-                return;
+                return now;
             };
             v.unblock_at(hv, block::HALTED | block::POLLING, now);
             match self.0.first(cpu) {
                 Some(next) => first = next,
-                None => return,
+                None => return now,
             }
         }
+        now
     }
 
     /// The earliest deadline queued with `cpu`.

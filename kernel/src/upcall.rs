@@ -129,21 +129,24 @@ fn window(lapic: &Vlapic) -> Window {
 /// Lends interrupts to the processor. With those in service it has the task priority, and does not exit for
 /// it (Intel SDM "TPR Virtualization"): not while that holds back one that is to be injected.
 fn lend(st: &mut VcpuState, delivers: bool) {
-    const NONE: &Lent = &Lent {
-        waiting: [0; 4],
-        in_service: [0; 4],
-        exits: [0; 4],
-    };
-    if delivers && st.lapic.is_idle() {
-        st.hw.set_interrupt_window(Window::Closed);
-        st.lent = VirtualApic::Delivers;
-        st.hw.lend_interrupts(Some(NONE));
+    if let Some((waiting, in_service)) = st.lapic.few()
+        && (delivers
+            || waiting == 0
+                && st.virtual_apic != VirtualApic::None
+                && st.lapic.mode() == Mode::X2Apic)
+    {
+        st.lent = VirtualApic::Ends;
+        if delivers {
+            // With it the processor would deliver none.
+            st.hw.set_interrupt_window(Window::Closed);
+            st.lent = VirtualApic::Delivers;
+        }
+        st.hw.lend_few(waiting, in_service);
         return;
     }
     let (in_service, ends) = st.lapic.in_service();
     let lent = if delivers {
         let (waiting, exits) = st.lapic.waiting();
-        // With it the processor would deliver none.
         st.hw.set_interrupt_window(Window::Closed);
         Some(Lent {
             waiting,
@@ -231,12 +234,20 @@ fn take_lent(st: &mut VcpuState) {
         let (tpr, icr) = st.hw.shown_apic();
         st.lapic.set_shown(tpr, icr);
     }
-    if st.lent != VirtualApic::None && !(st.lapic.is_idle() && st.hw.lent_is_empty()) {
-        let (waiting, in_service) = st.hw.lent_interrupts();
-        if st.lent == VirtualApic::Delivers || st.shown {
-            st.lapic.set_waiting(waiting, in_service);
+    if st.lent != VirtualApic::None {
+        let with_waiting = st.lent == VirtualApic::Delivers || st.shown;
+        if !st.hw.lent_is_empty() {
+            let (waiting, in_service) = st.hw.lent_interrupts();
+            if with_waiting {
+                st.lapic.set_waiting(waiting, in_service);
+            }
+            st.lapic.set_in_service(in_service);
+        } else if !st.lapic.is_idle() {
+            if with_waiting {
+                st.lapic.set_waiting([0; 4], [0; 4]);
+            }
+            st.lapic.set_in_service([0; 4]);
         }
-        st.lapic.set_in_service(in_service);
     }
     (st.lent, st.shown) = (VirtualApic::None, false);
 }

@@ -18,7 +18,9 @@ use core::fmt;
 
 use galvan_base::exit::Exit;
 use galvan_base::hw::{Exhausted, HwCounts, HwVcpu, VcpuConfig, Window};
-use galvan_base::state::{ArchState, CR0_VALID, EFER_SVME, Event, Gprs, Seg, Segment};
+use galvan_base::state::{
+    ArchState, CR0_VALID, EFER_SVME, Event, Gprs, RFLAGS_RF, RFLAGS_TF, Seg, Segment,
+};
 use galvan_base::{CpuId, Mpa};
 
 use crate::caps::Features;
@@ -272,12 +274,10 @@ impl<C: Cpu> Vcpu<C> {
     fn switch(&mut self, cpu: &PerCpu, regs: &mut Gprs) {
         cpu.make_resident(self.svm.cpu, self.vmcb.mpa());
         self.vmcb.rax.set(regs.rax);
-        self.vmcb.rsp.set(regs.rsp);
         let features = self.svm.caps.features;
         self.vmcb.publish(features.contains(Features::VMCB_CLEAN));
         self.svm.cpu.run(self.vmcb.mpa(), regs);
         regs.rax = self.vmcb.rax.get();
-        regs.rsp = self.vmcb.rsp.get();
     }
 
     /// [`HwVcpu::enter`] in all cases.
@@ -485,7 +485,13 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         cpu.unload(self.svm.cpu);
     }
 
-    fn enter(&mut self, regs: &mut Gprs) -> Exit {
+    fn enter_behind(&mut self, regs: &mut Gprs, len: u8) -> Exit {
+        if len != 0 {
+            if self.vmcb.rflags.get() & (RFLAGS_TF | RFLAGS_RF) != 0 {
+                return Exit::StepFirst;
+            }
+            self.step_over(len);
+        }
         let Some(cpu) = self.on else {
             debug_assert!(false, "vCPU entered without being loaded");
             return Exit::EntryFailed {
@@ -541,6 +547,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         let cpl = v.cpl.get();
         ArchState {
             rip: v.rip.get(),
+            rsp: v.rsp.get(),
             rflags: v.rflags.get(),
             // An emulated processor may keep bits that are none.
             cr0: v.cr0.get() & CR0_VALID,
@@ -573,6 +580,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.rare = true;
         let v = &mut self.vmcb;
         v.rip.set(s.rip);
+        v.rsp.set(s.rsp);
         v.rflags.set(state::rflags(s.rflags));
         v.set_cr0(s.cr0);
         v.set_cr2(s.cr2);
@@ -617,6 +625,14 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     }
 
     #[inline]
+    fn rsp(&self) -> u64 {
+        self.vmcb.rsp.get()
+    }
+
+    fn set_rsp(&mut self, v: u64) {
+        self.vmcb.rsp.set(v);
+    }
+
     fn rflags(&self) -> u64 {
         self.vmcb.rflags.get()
     }

@@ -25,9 +25,21 @@ fn has_error(vector: u8) -> bool {
     matches!(vector, 8 | 10..=14 | 17)
 }
 
+/// The word to inject an external interrupt.
+#[inline]
+pub fn interrupt(vector: u8) -> u64 {
+    VALID | TYPE_INTR << TYPE_SHIFT | u64::from(vector)
+}
+
+/// Whether a word has an error code.
+#[inline]
+pub fn has_code(word: u64) -> bool {
+    word & ERROR_VALID != 0
+}
+
 /// The word to inject, or `None` where entry would refuse it. An exception has an error code where
 /// its vector has one and the guest is in protected mode, whatever `e` says: entry insists.
-pub fn encode(e: Event, protected: bool) -> Option<u64> {
+pub fn encode(e: Event, protected: impl FnOnce() -> bool) -> Option<u64> {
     let (kind, vector, error) = match e {
         Event::Interrupt(v) => (TYPE_INTR, v, None),
         Event::Nmi => (TYPE_NMI, 2, None),
@@ -35,7 +47,7 @@ pub fn encode(e: Event, protected: bool) -> Option<u64> {
         Event::Exception(v, error) => (
             TYPE_EXCEPTION,
             v,
-            (protected && has_error(v)).then(|| error.unwrap_or(0)),
+            (has_error(v) && protected()).then(|| error.unwrap_or(0)),
         ),
         Event::Software(v) => (TYPE_SOFTWARE, v, None),
     };
@@ -120,29 +132,30 @@ mod tests {
 
     #[test]
     fn events_have_the_form_the_manual_gives() {
-        assert_eq!(encode(Event::Interrupt(0x31), true), Some(0x8000_0031));
-        assert_eq!(encode(Event::Nmi, true), Some(0x8000_0202));
-        assert_eq!(encode(Event::UD, true), Some(0x8000_0306));
-        assert_eq!(encode(Event::GP, true), Some(0x8000_0b0d));
+        assert_eq!(encode(Event::Interrupt(0x31), || true), Some(0x8000_0031));
+        assert_eq!(interrupt(0x31), 0x8000_0031);
+        assert_eq!(encode(Event::Nmi, || true), Some(0x8000_0202));
+        assert_eq!(encode(Event::UD, || true), Some(0x8000_0306));
+        assert_eq!(encode(Event::GP, || true), Some(0x8000_0b0d));
         assert_eq!(
-            encode(Event::page_fault(7), true),
+            encode(Event::page_fault(7), || true),
             Some(0x7_0000_0000 | 0x8000_0b0e)
         );
-        assert_eq!(encode(Event::Software(0x80), true), Some(0x8000_0480));
-        assert_eq!(encode(Event::Exception(2, None), true), None);
-        assert_eq!(encode(Event::Exception(32, None), true), None);
+        assert_eq!(encode(Event::Software(0x80), || true), Some(0x8000_0480));
+        assert_eq!(encode(Event::Exception(2, None), || true), None);
+        assert_eq!(encode(Event::Exception(32, None), || true), None);
     }
 
     #[test]
     fn error_codes_follow_vector_and_mode() {
-        assert_eq!(encode(Event::GP, false), Some(0x8000_030d));
+        assert_eq!(encode(Event::GP, || false), Some(0x8000_030d));
         assert_eq!(
-            encode(Event::Exception(13, None), true),
+            encode(Event::Exception(13, None), || true),
             Some(0x8000_0b0d),
             "entry insists"
         );
         assert_eq!(
-            encode(Event::Exception(6, Some(1)), true),
+            encode(Event::Exception(6, Some(1)), || true),
             Some(0x8000_0306)
         );
     }
@@ -151,11 +164,11 @@ mod tests {
     fn every_event_survives_encoding() {
         for v in 0..=255 {
             for e in [Event::Interrupt(v), Event::Software(v)] {
-                assert_eq!(decode(encode(e, true).unwrap()), Some(e));
+                assert_eq!(decode(encode(e, || true).unwrap()), Some(e));
             }
         }
         for e in [Event::UD, Event::GP, Event::page_fault(9), Event::Nmi] {
-            assert_eq!(decode(encode(e, true).unwrap()), Some(e));
+            assert_eq!(decode(encode(e, || true).unwrap()), Some(e));
         }
         assert_eq!(decode(0x31), None);
     }
@@ -163,7 +176,7 @@ mod tests {
     #[test]
     fn interrupted_hardware_events_are_injected_again() {
         for e in [Event::Interrupt(0x40), Event::Nmi, Event::GP] {
-            let w = encode(e, true).unwrap();
+            let w = encode(e, || true).unwrap();
             assert_eq!(after_exit(w, 0, 1, 2), w);
             assert_eq!(
                 after_exit(w | 1 << 12, w, 1, 1),
@@ -171,7 +184,7 @@ mod tests {
                 "bit 12 is not for entry"
             );
         }
-        let stale = encode(Event::Interrupt(0x40), true).unwrap() | 0xdead << 32;
+        let stale = encode(Event::Interrupt(0x40), || true).unwrap() | 0xdead << 32;
         assert_eq!(after_exit(stale, 0, 1, 2), 0x8000_0040);
     }
 

@@ -265,15 +265,24 @@ impl Cpu for Real {
     fn run(self, regs: &mut Gprs, launched: bool, host_rsp: &mut u64) -> Entry {
         let rsp_before = *host_rsp;
         let how: u64;
-        // SAFETY: the VMCS is one that `vcpu` built: extended page tables confine the guest to its
-        // own memory, the controls keep the host's state out of its reach, and the maps and tables
-        // it points to live as long as the vCPU. Its host state was taken on this CPU.
-        unsafe {
-            asm!("call {}", sym entry::world_switch,
-                inout("rdi") core::ptr::from_mut(regs) => _, inout("rsi") u64::from(launched) => _,
-                inout("rdx") core::ptr::from_mut(host_rsp) => _, out("rax") how,
-                out("rcx") _, out("r8") _, out("r9") _, out("r10") _, out("r11") _,
-                out("r12") _, out("r13") _, out("r14") _, out("r15") _);
+        macro_rules! call {
+            ($switch:path) => {
+                // SAFETY: the VMCS is one that `vcpu` built: extended page tables confine the guest to its
+                // own memory, the controls keep the host's state out of its reach, and the maps and
+                // tables it points to live as long as the vCPU. Its host state was taken on this CPU.
+                unsafe {
+                    asm!("call {}", sym $switch,
+                        inout("rdi") core::ptr::from_mut(regs) => _,
+                        inout("rsi") core::ptr::from_mut(host_rsp) => _, out("rax") how,
+                        out("rcx") _, out("rdx") _, out("r8") _, out("r9") _, out("r10") _,
+                        out("r11") _, out("r12") _, out("r13") _, out("r14") _, out("r15") _);
+                }
+            };
+        }
+        if launched {
+            call!(entry::resume);
+        } else {
+            call!(entry::launch);
         }
         if *host_rsp != rsp_before {
             count(Access::Write);

@@ -8,7 +8,7 @@
 //!   register, or from load if DR7 enables a breakpoint, until unload: an access before that exits,
 //!   the registers are switched, and the guest executes the instruction again.
 //! - Of CR0 the guest does not have NE, which VMX wants set, and CD and NW, which would be the
-//!   machine's; of CR4 what [`Caps::cr4_valid`](crate::caps::Caps) lacks, and MCE. It reads what it
+//!   machine's; of CR4 what [`Caps::cr4_valid`](crate::caps::Caps) lacks, MCE, and what CPUID shows. It reads what it
 //!   wrote there, and a write that changes one of these exits and is done here.
 //! - The pointers of PAE paging are registers, and are in the VMCS: after a change of state they are
 //!   read through the second-stage tables.
@@ -40,7 +40,7 @@ use galvan_base::hw::{
 use galvan_base::page::{Pages, Words};
 use galvan_base::state::{
     ArchState, CR0_CD, CR0_ET, CR0_NW, CR0_PE, CR0_PG, CR0_VALID, CR4_LA57, CR4_PAE, EFER_LMA,
-    EFER_LME, Event, Gprs, RFLAGS_IF, Seg, Segment,
+    EFER_LME, Event, Gprs, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF, Seg, Segment,
 };
 use galvan_base::{CpuId, Mpa};
 
@@ -58,7 +58,7 @@ mod apic;
 #[cfg(test)]
 mod tests;
 
-use apic::Apic;
+use apic::{Apic, IRR_WORD, ISR_WORD, differ};
 
 /// DR7 bits that enable breakpoints.
 const DR7_ENABLES: u64 = 0xff;
@@ -75,6 +75,11 @@ const PAUSE_WINDOW: u64 = 16384;
 const CR0_SHADOWED: u64 = CR0_CD | CR0_NW;
 /// CR4.MCE: machine checks are the host's.
 const CR4_MCE: u64 = 1 << 6;
+/// CR4.OSXSAVE and CR4.PKE, which CPUID shows. Guests set them once; by having each change exit they need not
+/// be read for every CPUID.
+const CR4_SHOWN: u64 = 1 << 18 | 1 << 22;
+/// Access rights of CS: 64-bit code.
+const CODE_LONG: u64 = 1 << 13;
 /// Interruptibility: the instruction before blocks interrupts, by STI or MOV SS.
 const SHADOW: u64 = 0b11;
 const SHADOW_STI: u64 = 1 << 0;
@@ -82,8 +87,6 @@ const SHADOW_STI: u64 = 1 << 0;
 const NMI_BLOCKED: u64 = 1 << 3;
 /// Pending debug exceptions: single step.
 const PENDING_BS: u64 = 1 << 14;
-const RFLAGS_TF: u64 = 1 << 8;
-const RFLAGS_RF: u64 = 1 << 16;
 /// The part of the virtual-APIC page with the TPR, in words.
 const TPR_WORD: usize = 0x80 / 8;
 /// EPTP: write-back, four levels.
@@ -139,6 +142,8 @@ pub struct Vcpu<C: Cpu = Real> {
     /// What the next entry injects.
     event: u64,
     nmi_waits: bool,
+    /// When the guest is to exit for an interrupt.
+    window: Window,
     /// The guest is to exit when its TPR falls below this.
     threshold: u8,
     /// What the VMCS has of that.
@@ -194,6 +199,7 @@ impl<C: Cpu> Vcpu<C> {
             pointers_stale: false,
             event: 0,
             nmi_waits: false,
+            window: Window::Closed,
             threshold: 0,
             threshold_written: 0,
             cr2: 0,
@@ -212,9 +218,8 @@ impl<C: Cpu> Vcpu<C> {
         v.vmcs
             .set(Field::PRIMARY, u64::from(vmx.caps.controls.primary));
         v.vmcs.set(Field::TSC_OFFSET, 0);
-        // The stack pointer comes with the other registers. With it every field is known until the
-        // first entry, so that nobody reads a VMCS which the processor has not seen.
-        v.vmcs.set(Field::RSP, 0);
+        // With that every field is known until the first entry, so that nobody reads a VMCS which the
+        // processor has not seen.
         v.set_state(&ArchState::at_reset());
         Ok(v)
     }
@@ -235,7 +240,7 @@ impl<C: Cpu> Vcpu<C> {
 
     /// CR4 bits that are not the guest's.
     fn cr4_mask(&self) -> u64 {
-        !self.vmx.caps.cr4_valid | CR4_MCE
+        !self.vmx.caps.cr4_valid | CR4_MCE | CR4_SHOWN
     }
 
     /// The secondary controls for as long as the processor does not end interrupts.
@@ -469,7 +474,7 @@ impl<C: Cpu> Vcpu<C> {
     fn settle_nmi(&mut self) {
         let blocked = self.get(Field::INTERRUPTIBILITY) & (SHADOW | NMI_BLOCKED) != 0;
         if !blocked && !self.event_pending() {
-            self.event = inject::encode(Event::Nmi, true).unwrap_or(0);
+            self.event = inject::encode(Event::Nmi, || true).unwrap_or(0);
             self.nmi_waits = false;
         }
         let waits = self.nmi_waits;
@@ -533,8 +538,8 @@ impl<C: Cpu> Vcpu<C> {
 
     /// Whether 64-bit code is executing.
     fn code_64(&self) -> bool {
-        const LONG: u64 = 1 << 13;
-        self.efer() & EFER_LMA != 0 && self.get(Field::segment(Seg::Cs, Part::Rights)) & LONG != 0
+        self.efer() & EFER_LMA != 0
+            && self.get(Field::segment(Seg::Cs, Part::Rights)) & CODE_LONG != 0
     }
 
     /// Executes MOV to CR0 or CR4 of a value that changes a bit the guest does not have for itself.
@@ -594,7 +599,8 @@ impl<C: Cpu> Vcpu<C> {
     /// Finishes a MOV to a control register.
     #[cold]
     fn control_register(&mut self, regs: &Gprs, number: u8, from: u8) {
-        if !self.move_to_control(number, regs.get(from)) {
+        let value = regs.get(from).unwrap_or_else(|| self.rsp());
+        if !self.move_to_control(number, value) {
             self.inject(Event::GP);
             return;
         }
@@ -620,7 +626,9 @@ impl<C: Cpu> Vcpu<C> {
     fn write_event(&mut self) {
         let c = self.vmx.cpu;
         c.vmwrite(field::INJECT, self.event & 0xffff_ffff);
-        c.vmwrite(field::INJECT_ERROR, self.event >> 32);
+        if inject::has_code(self.event) {
+            c.vmwrite(field::INJECT_ERROR, self.event >> 32);
+        }
         if inject::is_soft(self.event) {
             let length = u64::from(!self.vmx.caps.length_0);
             c.vmwrite(field::INJECT_LENGTH, length);
@@ -645,42 +653,176 @@ impl<C: Cpu> Vcpu<C> {
         }
     }
 
-    /// One entry and exit. Unless it is `rare`, nothing is to be settled or injected, and the VMCS is
-    /// launched.
-    #[inline(always)]
-    fn run(&mut self, regs: &mut Gprs, rare: bool) -> Cause {
-        let c = self.vmx.cpu;
-        let mut injected = 0;
-        let mut launched = true;
-        if rare {
-            self.settle();
-            injected = self.event;
-            launched = self.launched;
-        }
-        self.vmcs.set(Field::RSP, regs.rsp);
+    /// One entry and exit, whatever is to be settled before and whatever the exit is.
+    fn run(&mut self, regs: &mut Gprs) -> Cause {
+        self.settle();
+        let injected = self.event;
         // Only a soft event's matters afterwards, which has had it read.
         let rip_before = self.vmcs.cached(Field::RIP).unwrap_or(0);
-        self.vmcs.write_back(c);
+        self.vmcs.write_back(self.vmx.cpu);
+        match self.switch(regs, self.launched) {
+            Ok(raw) => {
+                self.launched = true;
+                self.event = 0;
+                self.cause(raw, injected, rip_before)
+            }
+            Err(cause) => cause,
+        }
+    }
 
+    /// Enters the guest; gives the reason of the exit. Nothing is to be settled or written any more.
+    #[inline(always)]
+    fn switch(&mut self, regs: &mut Gprs, launched: bool) -> Result<u32, Cause> {
+        let c = self.vmx.cpu;
         let how = c.run(regs, launched, &mut self.host_rsp);
         if how != Entry::Exited {
-            return self.not_entered(how);
+            return Err(self.not_entered(how));
         }
         let raw = c.vmread(field::REASON) as u32;
         if raw & reason::ENTRY_FAILED != 0 {
-            return self.entry_failed(raw);
-        }
-        if rare {
-            self.launched = true;
-            self.event = 0;
+            return Err(self.entry_failed(raw));
         }
         self.vmcs.forget();
-        regs.rsp = self.vmcs.read(c, Field::RSP);
+        Ok(raw)
+    }
+
+    fn cause(&mut self, raw: u32, injected: u64, rip_before: u64) -> Cause {
+        let c = self.vmx.cpu;
         exit::decode(
             raw,
             |f| c.vmread(f),
             || self.after_possible_delivery(raw & 0xffff, injected, rip_before),
         )
+    }
+
+    /// Steps over an instruction, where nothing but RIP changes by that and nothing else is to be written before
+    /// an entry; else does nothing, and says so. Nothing is to be settled.
+    #[inline(always)]
+    fn step_before_entry(&mut self, len: u8) -> bool {
+        // What is in the VMCS is then true, whether it is known or not.
+        if self.vmcs.is_dirty() {
+            return false;
+        }
+        let c = self.vmx.cpu;
+        let read = |f: Field| c.vmread(f.encoding());
+        let rip = self.vmcs.cached(Field::RIP);
+        let rip = rip.unwrap_or_else(|| read(Field::RIP));
+        let next = rip.wrapping_add(len.into());
+        // Where RIP does not leave its 64 KiB, the width of the code does not matter.
+        if (rip ^ next) >> 16 != 0
+            || read(Field::RFLAGS) & (RFLAGS_TF | RFLAGS_RF) != 0
+            || read(Field::INTERRUPTIBILITY) & SHADOW != 0
+        {
+            return false;
+        }
+        c.vmwrite(Field::RIP.encoding(), next);
+        true
+    }
+
+    /// [`HwVcpu::enter_behind`] where something is to be settled, or the step is out of the ordinary.
+    #[inline(never)]
+    fn enter_rarely(&mut self, regs: &mut Gprs, len: u8) -> Exit {
+        if len != 0 {
+            if self.rflags() & (RFLAGS_TF | RFLAGS_RF) != 0 {
+                return Exit::StepFirst;
+            }
+            self.step_over(len);
+        }
+        if self.has_only_an_interrupt() {
+            self.write_event();
+            self.vmcs.write_back(self.vmx.cpu);
+            return match self.launched {
+                true => self.enter_now(regs, true, true),
+                false => self.enter_now(regs, true, false),
+            };
+        }
+        self.enter_as_it_is(regs)
+    }
+
+    /// Nothing but the injection of an interrupt makes the entry rare.
+    #[inline(always)]
+    fn has_only_an_interrupt(&self) -> bool {
+        inject::is_interrupt(self.event)
+            && self.stale == Stale::Nothing
+            && !self.pointers_stale
+            && !self.nmi_waits
+            && self.refused.is_none()
+            && self.on.is_some()
+    }
+
+    /// Enters where all is settled and written; whether that `injects` the only thing that was rare. The frequent exits that are no more than the length of an
+    /// instruction do not go through [`exit::decode`], which has the same of them.
+    #[inline(always)]
+    fn enter_now(&mut self, regs: &mut Gprs, injects: bool, launched: bool) -> Exit {
+        let raw = match self.switch(regs, launched) {
+            Ok(raw) => raw,
+            Err(cause) => return self.failed(cause, regs),
+        };
+        if injects {
+            (self.event, self.rare) = (0, false);
+        }
+        if !launched {
+            self.launched = true;
+        }
+        let c = self.vmx.cpu;
+        let len = || c.vmread(field::LENGTH) as u8;
+        match raw {
+            reason::CPUID => Exit::Cpuid(len()),
+            reason::VMCALL => Exit::Hypercall(len()),
+            reason::RDMSR => Exit::MsrRead(len()),
+            reason::WRMSR => Exit::MsrWrite(len()),
+            reason::HLT => Exit::Hlt(len()),
+            _ => self.other_exit(regs, raw),
+        }
+    }
+
+    #[inline(never)]
+    fn inject_other(&mut self, e: Event) {
+        match inject::encode(e, || self.get(Field::CR0) & CR0_PE != 0) {
+            Some(word) => self.event = word,
+            None => self.refused = Some("event that the processor refuses"),
+        }
+    }
+
+    /// [`HwVcpu::is_kernel_64`] in all cases.
+    #[inline(never)]
+    fn is_known_kernel_64(&self) -> bool {
+        self.caller() == (true, 0)
+    }
+
+    /// [`HwVcpu::step_over`] in all cases.
+    #[inline(never)]
+    fn step_anyhow(&mut self, len: u8) -> u64 {
+        let rip = self.get(Field::RIP);
+        let next = rip.wrapping_add(len.into());
+        if (rip ^ next) >> 16 == 0 {
+            self.set_rip(next);
+        } else {
+            let cs = self.code_attributes();
+            self.set_rip(next_rip(cs, rip, len));
+        }
+        self.rflags()
+    }
+
+    /// What is to be done about an exit that is not one of the most frequent.
+    #[inline(never)]
+    fn other_exit(&mut self, regs: &mut Gprs, raw: u32) -> Exit {
+        let cause = self.cause(raw, 0, 0);
+        self.settle_cause(cause, regs)
+    }
+
+    /// The guest goes on until there is something for the policy.
+    fn settle_cause(&mut self, cause: Cause, regs: &mut Gprs) -> Exit {
+        match self.take_care(cause, regs) {
+            Some(exit) => exit,
+            None => self.enter_as_it_is(regs),
+        }
+    }
+
+    /// The entry has failed where nothing was rare.
+    #[cold]
+    fn failed(&mut self, cause: Cause, regs: &mut Gprs) -> Exit {
+        self.settle_cause(cause, regs)
     }
 
     /// Has the host deal with the interrupt that was an exit, if the processor has acknowledged it.
@@ -734,6 +876,7 @@ impl<C: Cpu> Vcpu<C> {
             _ => (0, "no current VMCS"),
         };
         c.vmwrite(field::INJECT, 0);
+        self.vmcs.forget();
         self.failed_check = check;
         Cause::Policy(Exit::EntryFailed { vendor_code: code })
     }
@@ -743,6 +886,7 @@ impl<C: Cpu> Vcpu<C> {
     fn entry_failed(&mut self, raw: u32) -> Cause {
         let c = self.vmx.cpu;
         c.vmwrite(field::INJECT, 0);
+        self.vmcs.forget();
         let mut check = match raw & 0xffff {
             reason::GUEST_STATE => "guest state, by a check that is not known",
             reason::ENTRY_MACHINE_CHECK => "machine check",
@@ -752,7 +896,6 @@ impl<C: Cpu> Vcpu<C> {
             if inject::is_interrupt(self.event) && self.rflags() & RFLAGS_IF == 0 {
                 check = "interrupt injected with RFLAGS.IF clear";
             }
-            self.vmcs.forget();
             if let Err(why) = state::validate(&self.state(), &self.vmx.caps) {
                 check = why;
             }
@@ -779,7 +922,7 @@ impl<C: Cpu> Vcpu<C> {
         // `unload` comes in between, and moves to control registers are the guest's progress, from
         // which an interrupt takes it.
         let exit = loop {
-            match self.run(regs, true) {
+            match self.run(regs) {
                 Cause::Policy(exit) => break exit,
                 cause => {
                     if let Some(exit) = self.take_care(cause, regs) {
@@ -980,17 +1123,16 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.rare = true;
     }
 
-    fn enter(&mut self, regs: &mut Gprs) -> Exit {
+    fn enter_behind(&mut self, regs: &mut Gprs, len: u8) -> Exit {
         if self.rare {
-            return self.enter_as_it_is(regs);
+            return self.enter_rarely(regs, len);
         }
-        match self.run(regs, false) {
-            Cause::Policy(exit) => exit,
-            cause => match self.take_care(cause, regs) {
-                Some(exit) => exit,
-                None => self.enter_as_it_is(regs),
-            },
+        if len == 0 {
+            self.vmcs.write_back(self.vmx.cpu);
+        } else if !self.step_before_entry(len) {
+            return self.enter_rarely(regs, len);
         }
+        self.enter_now(regs, false, true)
     }
 
     fn failed_check(&self) -> &'static str {
@@ -1011,6 +1153,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         let [star, lstar, cstar, sfmask, kernel_gs_base] = live;
         ArchState {
             rip: self.get(Field::RIP),
+            rsp: self.get(Field::RSP),
             rflags: self.get(Field::RFLAGS),
             cr0: self.cr(0),
             cr2: self.cr(2),
@@ -1040,6 +1183,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.refused = state::validate(s, &self.vmx.caps).err();
         self.rare = true;
         self.vmcs.set(Field::RIP, s.rip);
+        self.vmcs.set(Field::RSP, s.rsp);
         let rflags = galvan_base::state::rflags(s.rflags);
         self.vmcs.set(Field::RFLAGS, rflags);
         self.write_cr0(s.cr0);
@@ -1108,20 +1252,20 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
 
     /// Where RIP does not leave its 64 KiB, the width of the code does not matter.
     fn step_over(&mut self, len: u8) -> u64 {
-        if self.on.is_some() {
-            let c = self.vmx.cpu;
-            self.vmcs
-                .read_unknown(c, [Field::RIP, Field::RFLAGS, Field::INTERRUPTIBILITY]);
+        const TWO: u64 = Field::RFLAGS.bit() | Field::INTERRUPTIBILITY.bit();
+        if self.on.is_none() || self.vmcs.knows_any(TWO) {
+            return self.step_anyhow(len);
         }
         let rip = self.get(Field::RIP);
         let next = rip.wrapping_add(len.into());
-        if (rip ^ next) >> 16 == 0 {
-            self.set_rip(next);
-        } else {
-            let cs = self.code_attributes();
-            self.set_rip(next_rip(cs, rip, len));
+        let rflags = self.vmcs.fetch(self.vmx.cpu, Field::RFLAGS);
+        let blocked = self.vmcs.fetch(self.vmx.cpu, Field::INTERRUPTIBILITY);
+        self.vmcs.know(TWO);
+        if (rip ^ next) >> 16 != 0 || blocked & SHADOW != 0 {
+            return self.step_anyhow(len);
         }
-        self.rflags()
+        self.vmcs.set(Field::RIP, next);
+        rflags
     }
 
     /// Only 64-bit code has an instruction pointer beyond 4 GiB (Intel SDM "Checks on Guest RIP, RFLAGS,
@@ -1129,6 +1273,35 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     #[inline]
     fn runs_long(&self) -> bool {
         self.get(Field::RIP) >> 32 != 0 || self.code_64()
+    }
+
+    fn rsp(&self) -> u64 {
+        self.get(Field::RSP)
+    }
+
+    fn set_rsp(&mut self, v: u64) {
+        self.vmcs.set(Field::RSP, v);
+    }
+
+    /// Mostly none of the fields is known that say so.
+    fn is_kernel_64(&self) -> bool {
+        const CS: Field = Field::segment(Seg::Cs, Part::Rights);
+        const SS: Field = Field::segment(Seg::Ss, Part::Rights);
+        const ANY: u64 = Field::RIP.bit() | Field::EFER.bit() | CS.bit() | SS.bit();
+        if self.vmcs.knows_any(ANY) || self.on.is_none() {
+            return self.is_known_kernel_64();
+        }
+        let read = |f| self.vmcs.fetch(self.vmx.cpu, f);
+        let is_kernel = state::dpl(read(SS)) == 0;
+        if read(Field::RIP) >> 32 != 0 {
+            self.vmcs.know(Field::RIP.bit() | SS.bit());
+            return is_kernel;
+        }
+        let long_mode = read(Field::EFER) & EFER_LMA != 0;
+        // CS remains unknown: it is of no use to anybody else.
+        self.vmcs
+            .know(Field::RIP.bit() | Field::EFER.bit() | SS.bit());
+        is_kernel && long_mode && read(CS) & CODE_LONG != 0
     }
 
     #[inline]
@@ -1170,6 +1343,11 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             ),
             _ => 0,
         }
+    }
+
+    #[inline]
+    fn cr4_shown(&self) -> u64 {
+        self.vmcs.own(Field::CR4_SHADOW)
     }
 
     fn set_cr(&mut self, n: u8, v: u64) {
@@ -1295,19 +1473,19 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
 
     /// An NMI waits if it cannot come in at once; a second one that waits is the same one.
     fn inject(&mut self, e: Event) {
-        if e == Event::Nmi {
-            (self.nmi_waits, self.rare) = (true, true);
-            return;
-        }
-        let protected = self.get(Field::CR0) & CR0_PE != 0;
-        match inject::encode(e, protected) {
-            Some(word) => self.event = word,
-            None => self.refused = Some("event that the processor refuses"),
-        }
         self.rare = true;
+        match e {
+            Event::Interrupt(v) => self.event = inject::interrupt(v),
+            Event::Nmi => self.nmi_waits = true,
+            e => self.inject_other(e),
+        }
     }
 
     fn set_interrupt_window(&mut self, w: Window) {
+        if (w, self.window) == (Window::Closed, Window::Closed) {
+            return;
+        }
+        self.window = w;
         self.controls(primary::INTERRUPT_WINDOW, w == Window::Open);
         self.threshold = match w {
             Window::Below(class) => class & 15,
@@ -1338,7 +1516,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             self.switch_apic(mode);
         }
         let Some(lent) = lent else { return };
-        if lent.exits != self.eoi_exits {
+        if differ(&lent.exits, &self.eoi_exits) {
             self.write_eoi_exits(lent.exits);
         }
         self.write_interrupts(lent, true);
@@ -1358,6 +1536,29 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
 
     fn take_written(&mut self, offset: u16) -> u32 {
         self.take_register(offset)
+    }
+
+    fn lend_few(&mut self, waiting: u8, in_service: u8) {
+        let exits = self.eoi_exits.iter().fold(0, |all, word| all | word);
+        if self.on.is_none() || self.mode != Apic::X2 || exits != 0 || !self.lent_is_empty() {
+            self.lend_interrupts(Some(&Lent::few(waiting, in_service)));
+            return;
+        }
+        if waiting | in_service == 0 {
+            return;
+        }
+        for (v, at) in [(waiting, IRR_WORD), (in_service, ISR_WORD)] {
+            if v != 0
+                && let Some(w) = self.apic.get(at + usize::from(v >> 5) * 2)
+            {
+                w.store(1 << (v & 31), Relaxed);
+            }
+        }
+        self.vmcs.forget_note();
+        self.withheld = false;
+        let status = u16::from(in_service) << 8 | u16::from(waiting);
+        self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status.into());
+        self.status.set(Some(status));
     }
 
     #[inline]

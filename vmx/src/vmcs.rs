@@ -270,7 +270,9 @@ impl Field {
         self.0 as usize % SLOTS
     }
 
-    const fn bit(self) -> u64 {
+    /// Its place in a set of fields.
+    #[inline]
+    pub const fn bit(self) -> u64 {
         1 << self.0
     }
 }
@@ -313,6 +315,13 @@ impl GuestVmcs {
         (self.known.get() & f.bit() != 0).then(|| self.value(f).get())
     }
 
+    /// The value of a field that only this program changes and has set once.
+    #[inline]
+    pub fn own(&self, f: Field) -> u64 {
+        debug_assert!(OURS & self.known.get() & f.bit() != 0);
+        self.value(f).get()
+    }
+
     /// Reads a field; the VMCS is current.
     #[inline]
     pub fn read<C: Cpu>(&self, cpu: C, f: Field) -> u64 {
@@ -322,16 +331,25 @@ impl GuestVmcs {
         v
     }
 
-    /// Reads three fields of which none may be known; the VMCS is current.
-    #[inline(always)]
-    pub fn read_unknown<C: Cpu>(&self, cpu: C, fields: [Field; 3]) {
-        let all = fields.iter().fold(0, |all, f| all | f.bit());
-        if self.known.get() & all == 0 {
-            for f in fields {
-                self.value(f).set(cpu.vmread(f.encoding()));
-            }
-            self.known.set(self.known.get() | all);
-        }
+    /// Reads a field that is not known, of which the caller then notes that it is ([`GuestVmcs::know`]); the
+    /// VMCS is current.
+    #[inline]
+    pub fn fetch<C: Cpu>(&self, cpu: C, f: Field) -> u64 {
+        let v = cpu.vmread(f.encoding());
+        self.value(f).set(v);
+        v
+    }
+
+    /// These fields, by [`Field::bit`], are known now.
+    #[inline]
+    pub fn know(&self, fields: u64) {
+        self.known.set(self.known.get() | fields);
+    }
+
+    /// Whether any of these is.
+    #[inline]
+    pub fn knows_any(&self, fields: u64) -> bool {
+        self.known.get() & fields != 0
     }
 
     /// The parts of a segment register, if all are known: base, limit, selector, access rights.
@@ -368,6 +386,12 @@ impl GuestVmcs {
         }
     }
 
+    /// Whether something is to be written.
+    #[inline]
+    pub fn is_dirty(&self) -> bool {
+        self.dirty != 0
+    }
+
     /// Writes what was changed; the VMCS is current.
     #[inline]
     pub fn write_back<C: Cpu>(&mut self, cpu: C) {
@@ -386,6 +410,12 @@ impl GuestVmcs {
     /// Notes that the owner knows what the virtual-APIC page has, until the guest runs.
     pub fn note(&self) {
         self.known.set(self.known.get() | NOTE);
+    }
+
+    /// He knows no more.
+    #[inline]
+    pub fn forget_note(&self) {
+        self.known.set(self.known.get() & !NOTE);
     }
 
     /// Whether that is noted.

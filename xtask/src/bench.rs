@@ -90,6 +90,9 @@ pub struct Args {
     /// On VT-x, in Bochs: there the guest is one of `xl` on both, and dom0 on Galvan as well.
     #[arg(long, conflicts_with_all = ["only_ways", "only_block", "only_operations"])]
     vtx: bool,
+    /// Only as dom0 of Galvan, which is soon done; nothing is written.
+    #[arg(long, requires = "vtx")]
+    only_dom0: bool,
     /// Of one operation, by its name in `bench`: in which functions its instructions are. Nothing is written.
     #[arg(long, value_name = "OPERATION", requires = "vtx")]
     profile: Option<String>,

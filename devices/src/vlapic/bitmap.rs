@@ -38,6 +38,14 @@ impl Bitmap {
         base | (63 ^ word.leading_zeros()) as u8
     }
 
+    /// Whether `v`, which is the highest vector set or 0 for none, is the only one.
+    #[inline]
+    pub(super) fn has_only(&self, v: u8) -> bool {
+        let [a, b, c, d] = self.0;
+        let words = u8::from(a != 0) + u8::from(b != 0) + u8::from(c != 0) + u8::from(d != 0);
+        v == 0 || words == 1 && a | b | c | d == 1 << (v & 63)
+    }
+
     /// The `n`th of the eight 32-bit registers that show the bitmap to the guest.
     pub(super) fn word(&self, n: u8) -> u32 {
         (self.0[usize::from(n >> 1 & 3)] >> (u32::from(n & 1) * 32)) as u32

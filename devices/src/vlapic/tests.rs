@@ -1087,3 +1087,27 @@ fn what_a_processor_has_let_the_guest_write_is_taken_over() {
     a.post(0xc3, true);
     assert_eq!(a.level_triggered(), [0, 0, 0, 8]);
 }
+
+#[test]
+fn few_are_one_of_each_kind_whose_end_matters_to_nobody() {
+    let mut a = x2apic(0);
+    assert_eq!(a.few(), Some((0, 0)));
+    assert!(a.post(0x41, false));
+    assert_eq!(a.few(), Some((0x41, 0)));
+    a.accept(0x41);
+    assert_eq!(a.few(), Some((0, 0x41)));
+    assert!(a.post(0x91, false));
+    assert_eq!(a.few(), Some((0x91, 0x41)));
+    // The same bit of another word.
+    assert!(a.post(0xd1, false));
+    assert_eq!(a.few(), None);
+    a.accept(0xd1);
+    assert_eq!(a.few(), None);
+    a.eoi();
+    assert_eq!(a.few(), Some((0x91, 0x41)));
+    a.accept(0x91);
+    a.eoi();
+    a.eoi();
+    assert!(a.post(0x41, true));
+    assert_eq!(a.few(), None, "level-triggered");
+}

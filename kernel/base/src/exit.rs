@@ -19,6 +19,9 @@ pub enum Exit {
     Interrupt,
     /// A physical NMI.
     Nmi,
+    /// The guest was not entered, and nothing was done: the instruction is to be stepped over first
+    /// ([`crate::hw::HwVcpu::enter_behind`]).
+    StepFirst,
     /// The guest can now take the interrupt that waits for it.
     InterruptWindow,
     /// The guest has ended an interrupt of which that was to be told; the instruction that did so is

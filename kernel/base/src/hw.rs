@@ -448,6 +448,21 @@ pub struct Lent {
     pub exits: [u64; 4],
 }
 
+impl Lent {
+    /// One that waits and one that is in service, 0 for none; neither's end is an exit.
+    pub fn few(waiting: u8, in_service: u8) -> Self {
+        let only = |v: u8| match v {
+            0 => [0; 4],
+            _ => core::array::from_fn(|n| u64::from(usize::from(v >> 6) == n) << (v & 63)),
+        };
+        Lent {
+            waiting: only(waiting),
+            in_service: only(in_service),
+            exits: [0; 4],
+        }
+    }
+}
+
 /// Guest physical address of the page by which a local APIC in xAPIC mode is reached, where a processor can
 /// deal with accesses to it by itself.
 pub const APIC_PAGE: u64 = 0xfee0_0000;
@@ -508,7 +523,12 @@ pub trait HwVcpu: Send + Debug {
     fn unload(&mut self);
     /// Runs the guest until its next exit. Called loaded, with interrupts disabled. An event whose
     /// delivery the exit interrupted is kept and injected again at the next entry.
-    fn enter(&mut self, regs: &mut Gprs) -> Exit;
+    fn enter(&mut self, regs: &mut Gprs) -> Exit {
+        self.enter_behind(regs, 0)
+    }
+    /// [`HwVcpu::step_over`] an instruction of `len` bytes, unless that is 0, and [`HwVcpu::enter`] in one. Gives
+    /// [`Exit::StepFirst`] where not all is as it mostly is, as in any case where the flags have TF or RF set.
+    fn enter_behind(&mut self, regs: &mut Gprs, len: u8) -> Exit;
 
     /// The bytes of the instruction whose access was the last [`Exit::NestedFault`], and how many of them
     /// are valid: 0 where the processor provides none (AMD decode assists do).
@@ -538,6 +558,10 @@ pub trait HwVcpu: Send + Debug {
     fn rip(&self) -> u64;
     /// Moves the instruction pointer; ends an interrupt shadow.
     fn set_rip(&mut self, rip: u64);
+    /// Stack pointer.
+    fn rsp(&self) -> u64;
+    /// Changes the stack pointer.
+    fn set_rsp(&mut self, v: u64);
     /// Flags.
     fn rflags(&self) -> u64;
     /// Changes the flags.
@@ -547,6 +571,10 @@ pub trait HwVcpu: Send + Debug {
     /// CR4.
     fn cr4(&self) -> u64 {
         self.cr(4)
+    }
+    /// CR4 as far as CPUID shows it: OSXSAVE and PKE are right.
+    fn cr4_shown(&self) -> u64 {
+        self.cr4()
     }
     /// Changes CR0, CR2, CR3 or CR4 by number; translations are flushed where the change demands.
     fn set_cr(&mut self, n: u8, v: u64);
@@ -592,6 +620,10 @@ pub trait HwVcpu: Send + Debug {
     fn caller(&self) -> (bool, u8) {
         (self.runs_long(), self.cpl())
     }
+    /// Whether it executes 64-bit code at privilege level 0.
+    fn is_kernel_64(&self) -> bool {
+        self.caller() == (true, 0)
+    }
     /// Moves the instruction pointer beyond an instruction of so many bytes, as far as the width of
     /// the code goes; ends an interrupt shadow. Gives the flags.
     fn step_over(&mut self, len: u8) -> u64 {
@@ -630,6 +662,10 @@ pub trait HwVcpu: Send + Debug {
     /// mode, and deals with them as [`HwVcpu::virtual_apic`] says, where that is not `None`. With `None`
     /// it stops that. Either way it no longer shows the APIC ([`HwVcpu::show_apic`]). Called loaded.
     fn lend_interrupts(&mut self, _: Option<&Lent>) {}
+    /// The same for [`Lent::few`] of them.
+    fn lend_few(&mut self, waiting: u8, in_service: u8) {
+        self.lend_interrupts(Some(&Lent::few(waiting, in_service)));
+    }
     /// What waits and what is in service of the interrupts last lent, and of those posted since; loaded or
     /// not.
     fn lent_interrupts(&self) -> ([u64; 4], [u64; 4]) {

@@ -2,7 +2,8 @@
 //!
 //! (AMD APM "VMCB State Save Area", Intel SDM "Guest-State Area"; PVH: public `start_info.h`.)
 
-/// General purpose registers, in the order of their encoding.
+/// General purpose registers, in the order of their encoding, but for RSP, which like RIP is where the
+/// processor keeps it ([`crate::hw::HwVcpu::rsp`]).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(C)]
 pub struct Gprs {
@@ -14,8 +15,6 @@ pub struct Gprs {
     pub rdx: u64,
     /// rbx
     pub rbx: u64,
-    /// rsp
-    pub rsp: u64,
     /// rbp
     pub rbp: u64,
     /// rsi
@@ -41,14 +40,14 @@ pub struct Gprs {
 }
 
 impl Gprs {
-    /// The register of an instruction's encoding 0..=15.
-    pub fn get(&self, n: u8) -> u64 {
-        match n & 15 {
+    /// The register of an instruction's encoding 0..=15; `None` for RSP.
+    pub fn get(&self, n: u8) -> Option<u64> {
+        Some(match n & 15 {
             0 => self.rax,
             1 => self.rcx,
             2 => self.rdx,
             3 => self.rbx,
-            4 => self.rsp,
+            4 => return None,
             5 => self.rbp,
             6 => self.rsi,
             7 => self.rdi,
@@ -60,17 +59,17 @@ impl Gprs {
             13 => self.r13,
             14 => self.r14,
             _ => self.r15,
-        }
+        })
     }
 
-    /// The register of an instruction's encoding 0..=15, to change.
-    pub fn get_mut(&mut self, n: u8) -> &mut u64 {
-        match n & 15 {
+    /// The register of an instruction's encoding 0..=15, to change; `None` for RSP.
+    pub fn get_mut(&mut self, n: u8) -> Option<&mut u64> {
+        Some(match n & 15 {
             0 => &mut self.rax,
             1 => &mut self.rcx,
             2 => &mut self.rdx,
             3 => &mut self.rbx,
-            4 => &mut self.rsp,
+            4 => return None,
             5 => &mut self.rbp,
             6 => &mut self.rsi,
             7 => &mut self.rdi,
@@ -82,7 +81,7 @@ impl Gprs {
             13 => &mut self.r13,
             14 => &mut self.r14,
             _ => &mut self.r15,
-        }
+        })
     }
 }
 
@@ -169,6 +168,10 @@ pub const EFER_NXE: u64 = 1 << 11;
 pub const EFER_SVME: u64 = 1 << 12;
 /// RFLAGS.IF
 pub const RFLAGS_IF: u64 = 1 << 9;
+/// RFLAGS.TF
+pub const RFLAGS_TF: u64 = 1 << 8;
+/// RFLAGS.RF
+pub const RFLAGS_RF: u64 = 1 << 16;
 
 /// CR4.LA57
 pub const CR4_LA57: u64 = 1 << 12;
@@ -239,6 +242,8 @@ pub fn flushes(n: u8, old: u64, new: u64) -> bool {
 pub struct ArchState {
     /// Instruction pointer.
     pub rip: u64,
+    /// Stack pointer.
+    pub rsp: u64,
     /// Flags.
     pub rflags: u64,
     /// Control registers.
@@ -305,6 +310,7 @@ impl ArchState {
         };
         ArchState {
             rip: 0xfff0,
+            rsp: 0,
             rflags: 2,
             cr0: CR0_ET | CR0_CD | CR0_NW,
             cr2: 0,

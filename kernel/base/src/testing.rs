@@ -20,7 +20,7 @@ use crate::hw::{
     Access, EcamWindow, Exhausted, HostMem, HwVcpu, IoApicInfo, Iommu, Lent, MemFault, MsiTarget,
     Posting, Sbdf, Shown, Stage2Format, TscScale, VcpuConfig, VirtualApic, Window,
 };
-use crate::state::{ArchState, Event, Gprs, RFLAGS_IF, Seg, Segment};
+use crate::state::{ArchState, Event, Gprs, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF, Seg, Segment};
 use crate::{CpuId, Dfn, Mfn, Mpa, PAGE_SIZE, PageOrder, Platform};
 
 /// [`Platform::apic_access_page`] of a fake that has one.
@@ -1142,7 +1142,13 @@ impl HwVcpu for FakeVcpu {
         inner.loaded = false;
     }
 
-    fn enter(&mut self, regs: &mut Gprs) -> Exit {
+    fn enter_behind(&mut self, regs: &mut Gprs, len: u8) -> Exit {
+        if len != 0 {
+            if self.rflags() & (RFLAGS_TF | RFLAGS_RF) != 0 || self.shadow() {
+                return Exit::StepFirst;
+            }
+            self.step_over(len);
+        }
         let step = {
             let mut inner = self.inner();
             assert!(inner.loaded, "an unloaded vCPU was entered");
@@ -1204,6 +1210,14 @@ impl HwVcpu for FakeVcpu {
         let mut inner = self.inner();
         inner.state.rip = rip;
         inner.state.shadow = false;
+    }
+
+    fn rsp(&self) -> u64 {
+        self.inner().state.rsp
+    }
+
+    fn set_rsp(&mut self, v: u64) {
+        self.inner().state.rsp = v;
     }
 
     fn rflags(&self) -> u64 {

@@ -70,7 +70,7 @@ pub fn cpuid(cx: &mut Cx<'_>, len: u8) -> Next {
         let regs = look_up(cx, leaf, subleaf);
         put(&mut cx.st.regs, regs);
     }
-    insn::advance_quietly(cx, len)
+    Next::Quiet(len)
 }
 
 #[inline(always)]
@@ -83,7 +83,7 @@ fn put(r: &mut Gprs, [a, b, c, d]: Regs) {
 fn state_of(st: &VcpuState, needs: Needs) -> u64 {
     match needs {
         Needs::Nothing => 0,
-        Needs::Cr4 => st.hw.cr4() & CR4_SHOWN | st.lapic.mode() as u64,
+        Needs::Cr4 => st.hw.cr4_shown() & CR4_SHOWN | st.lapic.mode() as u64,
         other => rare_state_of(st, other),
     }
 }
@@ -134,7 +134,7 @@ fn answer(cx: &Cx<'_>, leaf: u32, subleaf: u32, needs: Needs) -> Regs {
     let caller = CpuidCaller {
         domid: cx.dom.id,
         vcpu: cx.vcpu.id,
-        cr4: if needs == Needs::Cr4 { hw.cr4() } else { 0 },
+        cr4: if needs == Needs::Cr4 { hw.cr4_shown() } else { 0 },
         xcr0: if needs == Needs::Xcr0 { hw.xcr0() } else { 0 },
         apic_enabled: cx.st.lapic.mode() != Mode::Disabled,
         long_mode: needs == Needs::LongMode && hw.runs_long(),

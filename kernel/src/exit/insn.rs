@@ -256,16 +256,6 @@ pub fn advance(cx: &mut Cx<'_>, len: u8) {
     }
 }
 
-/// [`advance`] after an instruction that changed nothing an entry depends on.
-#[inline]
-pub fn advance_quietly(cx: &mut Cx<'_>, len: u8) -> Next {
-    if cx.st.hw.step_over(len) & (Flags::TF | Flags::RF) != 0 {
-        completed(cx);
-        return Next::Resume;
-    }
-    Next::Quiet
-}
-
 /// Goes on at another instruction pointer after an instruction.
 pub(super) fn jump(cx: &mut Cx<'_>, to: u64) {
     cx.st.hw.set_rip(to);

@@ -11,7 +11,7 @@ use galvan_base::state::{CR0_PE, Seg, Segment};
 use galvan_base::{Gfn, Gpa, Mpa, PAGE_SIZE};
 
 use super::insn::{self, stopped};
-use super::{Next, apic, pio};
+use super::{Next, Why, apic, pio};
 use crate::emulate::{
     Bits, Cpu, DecodeError, Flags, Flow, Insn, MAX_LEN, Op, Stop, decode, execute, mask,
 };
@@ -37,7 +37,7 @@ pub fn nested_fault(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa) -> Next {
             P2mType::LogDirty => {
                 return match is(FaultKind::WRITE).then(|| note_write(cx.hv, cx.dom, frame)) {
                     None | Some(Ok(())) => Next::Resume,
-                    Some(Err(_)) => Next::Crash(&"no memory to split a page of the memory map"),
+                    Some(Err(_)) => Next::Crash(Why::NoMemoryToSplit),
                 };
             }
             P2mType::RamRo if !is(FaultKind::WRITE) => return Next::Resume,
@@ -45,15 +45,15 @@ pub fn nested_fault(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa) -> Next {
                 return Next::Resume;
             }
             P2mType::ForeignRo | P2mType::GrantRo if !is(FaultKind::FETCH) && !is(FaultKind::WRITE) => return Next::Resume,
-            P2mType::RamRo if is(FaultKind::WALK) => return Next::Crash(&"page tables in read-only memory"),
+            P2mType::RamRo if is(FaultKind::WALK) => return Next::Crash(Why::TablesReadOnly),
             // Writes are lost.
             P2mType::RamRo | P2mType::ForeignRo | P2mType::GrantRo if !is(FaultKind::FETCH) => {}
             P2mType::ForeignRw
             | P2mType::ForeignRo
             | P2mType::GrantRw
             | P2mType::GrantRo
-            | P2mType::Shared => return Next::Crash(&"execution of memory shared by others"),
-            P2mType::Broken => return Next::Crash(&"use of memory that has failed"),
+            | P2mType::Shared => return Next::Crash(Why::ExecutionShared),
+            P2mType::Broken => return Next::Crash(Why::FailedMemory),
             P2mType::None
             | P2mType::RamRo
             | P2mType::RamDm
@@ -63,14 +63,14 @@ pub fn nested_fault(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa) -> Next {
         }
     }
     if is(FaultKind::FETCH) {
-        return Next::Crash(&"execution where there is no memory");
+        return Next::Crash(Why::ExecutionNowhere);
     }
     if is(FaultKind::WALK) {
-        return Next::Crash(&"page tables where there is no memory");
+        return Next::Crash(Why::TablesNowhere);
     }
     if cx.st.hw.event_pending() {
         // It was not the instruction but the delivery of an event, to a stack or table there.
-        return Next::Crash(&"an event delivered where there is no memory");
+        return Next::Crash(Why::EventNowhere);
     }
     if cx.st.shows_apic
         && !is(FaultKind::PRESENT)
@@ -104,7 +104,7 @@ fn emulate(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa, hole: Option<Gfn>) -> Nex
     let r = execute(&mut guest, &insn, limit);
     let quiet = guest.quiet;
     match r {
-        Ok(Flow::Next) if quiet => insn::advance_quietly(cx, insn.len),
+        Ok(Flow::Next) if quiet => Next::Quiet(insn.len),
         r => finish(cx, &insn, r),
     }
 }
@@ -334,11 +334,16 @@ fn device_write(cx: &mut Cx<'_>, gpa: Gpa, size: u8, v: u64) {
 
 impl Cpu for Guest<'_, '_> {
     fn reg(&self, n: u8) -> u64 {
-        self.cx.st.regs.get(n)
+        let st = &self.cx.st;
+        st.regs.get(n).unwrap_or_else(|| st.hw.rsp())
     }
 
     fn set_reg(&mut self, n: u8, v: u64) {
-        *self.cx.st.regs.get_mut(n) = v;
+        let st = &mut *self.cx.st;
+        match st.regs.get_mut(n) {
+            Some(r) => *r = v,
+            None => st.hw.set_rsp(v),
+        }
     }
 
     fn rip(&self) -> u64 {

@@ -29,16 +29,65 @@ mod tests;
 pub enum Next {
     /// It goes on.
     Resume,
-    /// It goes on, and what decides about the entry is as it was before the exit: the vCPU's own
+    /// It goes on behind an instruction of so many bytes, and what decides about the entry is as it was before the exit: the vCPU's own
     /// timers and local APIC, whether it is halted, its interrupt flag and priority. What others
     /// have changed meanwhile is seen nevertheless, since they say so ([`crate::vcpu::Vcpu::has_posted`]).
-    Quiet,
+    Quiet(u8),
     /// It gives up its turn.
     Yield,
     /// It waits if it has a reason to.
     Block,
     /// Its domain has done something that cannot be answered.
-    Crash(&'static &'static str),
+    Crash(Why),
+}
+
+// What comes back in a register is not stored and fetched at every exit.
+const _: () = assert!(size_of::<Next>() <= 2);
+
+/// What of a guest's cannot be answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Why {
+    /// Hardware task switch.
+    TaskSwitch,
+    /// The processor refused the guest state.
+    EntryFailed,
+    /// Exit of an unknown kind.
+    UnknownExit,
+    /// Triple fault.
+    TripleFault,
+    /// No memory to split a page of the memory map.
+    NoMemoryToSplit,
+    /// Page tables in read-only memory.
+    TablesReadOnly,
+    /// Execution of memory shared by others.
+    ExecutionShared,
+    /// Use of memory that has failed.
+    FailedMemory,
+    /// Execution where there is no memory.
+    ExecutionNowhere,
+    /// Page tables where there is no memory.
+    TablesNowhere,
+    /// An event delivered where there is no memory.
+    EventNowhere,
+}
+
+impl Why {
+    /// In words.
+    pub const fn text(self) -> &'static str {
+        match self {
+            Why::TaskSwitch => "hardware task switch",
+            Why::EntryFailed => "the processor refused the guest state",
+            Why::UnknownExit => "exit of an unknown kind",
+            Why::TripleFault => "triple fault",
+            Why::NoMemoryToSplit => "no memory to split a page of the memory map",
+            Why::TablesReadOnly => "page tables in read-only memory",
+            Why::ExecutionShared => "execution of memory shared by others",
+            Why::FailedMemory => "use of memory that has failed",
+            Why::ExecutionNowhere => "execution where there is no memory",
+            Why::TablesNowhere => "page tables where there is no memory",
+            Why::EventNowhere => "an event delivered where there is no memory",
+        }
+    }
 }
 
 /// Decides what an exit means.
@@ -47,13 +96,16 @@ pub fn handle(cx: &mut Cx<'_>, exit: &Exit) -> Next {
     match *exit {
         Exit::Hypercall(len) => {
             let Some(len) = insn::length(cx, len, insn::Kind::Hypercall) else { return Next::Resume };
-            match hypercall::from_registers(cx) {
+            let after = hypercall::from_registers(cx);
+            if after == After::Quiet {
+                return Next::Quiet(len);
+            }
+            match after {
                 After::Next => {
                     insn::advance(cx, len);
                     Next::Resume
                 }
-                After::Quiet => insn::advance_quietly(cx, len),
-                After::Again => Next::Resume,
+                After::Quiet | After::Again => Next::Resume,
                 After::Yield => {
                     insn::advance(cx, len);
                     Next::Yield
@@ -109,10 +161,10 @@ pub fn handle(cx: &mut Cx<'_>, exit: &Exit) -> Next {
             inject(cx, Event::Exception(vector, has_code.then_some(error)))
         }
         Exit::Shutdown => triple_fault(cx),
-        Exit::TaskSwitch => Next::Crash(&"hardware task switch"),
-        Exit::EntryFailed { .. } => Next::Crash(&"the processor refused the guest state"),
-        Exit::Unknown { .. } => Next::Crash(&"exit of an unknown kind"),
-        Exit::Interrupt | Exit::Nmi => Next::Resume,
+        Exit::TaskSwitch => Next::Crash(Why::TaskSwitch),
+        Exit::EntryFailed { .. } => Next::Crash(Why::EntryFailed),
+        Exit::Unknown { .. } => Next::Crash(Why::UnknownExit),
+        Exit::Interrupt | Exit::Nmi | Exit::StepFirst => Next::Resume,
     }
 }
 
@@ -127,7 +179,7 @@ fn triple_fault(cx: &mut Cx<'_>) -> Next {
             cx.dom.shutdown(cx.hv, reason);
             Next::Yield
         }
-        _ => Next::Crash(&"triple fault"),
+        _ => Next::Crash(Why::TripleFault),
     }
 }
 
@@ -163,7 +215,7 @@ pub fn log_registers(cx: &Cx<'_>) {
         hw.efer()
     );
     log::error!("  rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}", r.rax, r.rbx, r.rcx, r.rdx);
-    log::error!("  rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}", r.rsi, r.rdi, r.rbp, r.rsp);
+    log::error!("  rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}", r.rsi, r.rdi, r.rbp, hw.rsp());
     log::error!("  r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}", r.r8, r.r9, r.r10, r.r11);
     log::error!("  r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}", r.r12, r.r13, r.r14, r.r15);
 }

@@ -28,7 +28,7 @@ pub fn read(cx: &mut Cx<'_>, len: u8) -> Next {
         Some(v) => {
             cx.st.regs.rax = v & 0xffff_ffff;
             cx.st.regs.rdx = v >> 32;
-            insn::advance_quietly(cx, len)
+            Next::Quiet(len)
         }
         None => {
             // Each once: kernels probe, and their own text is to have its place in the log too.
@@ -49,14 +49,14 @@ pub fn write(cx: &mut Cx<'_>, len: u8) -> Next {
     let r = &cx.st.regs;
     let (index, value) = (r.rcx as u32, r.rdx << 32 | r.rax & 0xffff_ffff);
     if apic::eoi_quietly(cx, index, value) {
-        return insn::advance_quietly(cx, len);
+        return Next::Quiet(len);
     }
     let done = match index {
         MSR_X2APIC..=MSR_X2APIC_LAST => apic::wrmsr(cx, index, value).ok(),
         _ => wrmsr(cx, index, value).then_some(false),
     };
     match done {
-        Some(true) => return insn::advance_quietly(cx, len),
+        Some(true) => return Next::Quiet(len),
         Some(false) => insn::advance(cx, len),
         None => {
             if cx.dom.may_log_unknown(cx.hv, "wrmsr", index.into()) {

@@ -32,7 +32,7 @@ pub fn pio(cx: &mut Cx<'_>, p: Pio) -> Next {
         let v = (cx.st.regs.rax & mask(p.size)) as u32;
         port_write(cx, p.port, p.size, v);
     }
-    insn::advance_quietly(cx, len)
+    Next::Quiet(len)
 }
 
 /// INS and OUTS: their segment and the width of their addresses are only in the instruction.

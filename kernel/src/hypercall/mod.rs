@@ -121,9 +121,9 @@ pub enum After {
 /// the result there.
 #[inline(always)]
 pub fn from_registers(cx: &mut Cx<'_>) -> After {
-    let (true, 0) = cx.st.hw.caller() else {
+    if !cx.st.hw.is_kernel_64() {
         return from_elsewhere(cx);
-    };
+    }
     let r = &cx.st.regs;
     let number = r.rax;
     let args = [r.rdi, r.rsi, r.rdx, r.r10, r.r8];

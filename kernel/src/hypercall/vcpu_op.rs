@@ -214,7 +214,7 @@ fn initialise(cx: &mut Cx<'_>, v: &Arc<Vcpu>, arg: u64) -> Ret {
             regs.rcx = u64::from(r.ecx);
             regs.rdx = u64::from(r.edx);
             regs.rbx = u64::from(r.ebx);
-            regs.rsp = u64::from(r.esp);
+            s.rsp = u64::from(r.esp);
             regs.rbp = u64::from(r.ebp);
             regs.rsi = u64::from(r.esi);
             regs.rdi = u64::from(r.edi);
@@ -236,7 +236,7 @@ fn initialise(cx: &mut Cx<'_>, v: &Arc<Vcpu>, arg: u64) -> Ret {
             regs.rcx = r.rcx;
             regs.rdx = r.rdx;
             regs.rbx = r.rbx;
-            regs.rsp = r.rsp;
+            s.rsp = r.rsp;
             regs.rbp = r.rbp;
             regs.rsi = r.rsi;
             regs.rdi = r.rdi;

@@ -179,11 +179,11 @@ impl Run {
 pub struct Turn<'a>(&'a AtomicU64);
 
 impl Turn<'_> {
-    /// Whether [`RunQueues::must_yield`] may have something to do: one load while nobody else waits for
-    /// the CPU.
+    /// System time in ns, `u64::MAX` while nobody else waits for the CPU. Whoever changes it for another CPU
+    /// kicks that; whoever has the CPU's timer set for it need not look at the clock until it changes.
     #[inline(always)]
-    pub fn may_be_over(&self) -> bool {
-        self.0.load(Ordering::Acquire) != NEVER
+    pub fn ends(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
     }
 }
 
@@ -630,18 +630,10 @@ impl<E: Entity> RunQueues<E> {
     /// may have to be done.
     #[inline]
     pub fn must_yield(&self, cpu: CpuId, now: impl FnOnce() -> u64) -> (bool, CpuSet) {
-        let Some(c) = self.cpus.get(cpu.0 as usize) else {
-            return (false, CpuSet::EMPTY);
-        };
-        let at = c.look_at.load(Ordering::Acquire);
-        if at == NEVER {
-            return (false, CpuSet::EMPTY);
+        match self.may_have_to_yield(cpu, now) {
+            Some(now) => self.turn_over(cpu, now),
+            None => (false, CpuSet::EMPTY),
         }
-        let now = now();
-        if now < at {
-            return (false, CpuSet::EMPTY);
-        }
-        self.turn_over(cpu, now)
     }
 
     /// When the CPU has to look again, for one who asks often.
@@ -650,15 +642,18 @@ impl<E: Entity> RunQueues<E> {
         Turn(self.cpus.get(cpu.0 as usize).map_or(&NO_CPU, |c| &c.look_at))
     }
 
-    /// Whether [`RunQueues::must_yield`] may have something to do: one load while nobody else waits
-    /// for the CPU.
-    #[inline]
-    pub fn may_have_to_yield(&self, cpu: CpuId) -> bool {
-        self.look_at(cpu).is_some()
+    /// The time, if [`RunQueues::must_yield`] has something to do then. One load while nobody else waits for
+    /// the CPU.
+    #[inline(always)]
+    pub fn may_have_to_yield(&self, cpu: CpuId, now: impl FnOnce() -> u64) -> Option<u64> {
+        let at = self.look_at(cpu)?;
+        let now = now();
+        (now >= at).then_some(now)
     }
 
+    /// [`RunQueues::must_yield`] at the time that [`RunQueues::may_have_to_yield`] gave.
     #[cold]
-    fn turn_over(&self, cpu: CpuId, now: u64) -> (bool, CpuSet) {
+    pub fn turn_over(&self, cpu: CpuId, now: u64) -> (bool, CpuSet) {
         let mut kicks = CpuSet::EMPTY;
         let Some((c, at)) = self.at(cpu, now) else {
             return (false, kicks);

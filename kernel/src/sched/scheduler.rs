@@ -106,20 +106,23 @@ impl Scheduler {
     }
 
     /// Whether `cpu`, the caller, should put back what it runs. One load while nobody else waits for
-    /// the CPU.
-    #[inline]
-    pub fn must_yield(&self, hv: Hv, cpu: CpuId) -> bool {
-        self.0.may_have_to_yield(cpu) && self.turn_over(hv, cpu)
+    /// the CPU. `now` is the time, if the caller has looked.
+    #[inline(always)]
+    pub fn must_yield(&self, hv: Hv, cpu: CpuId, now: Option<u64>) -> bool {
+        match self.0.may_have_to_yield(cpu, || now.unwrap_or_else(|| hv.hw.now_ns())) {
+            Some(now) => self.turn_over(hv, cpu, now),
+            None => false,
+        }
     }
 
-    /// For the question whether [`Scheduler::must_yield`] is to be asked at all.
+    /// When [`Scheduler::must_yield`] has to be asked again.
     pub fn turn(&self, cpu: CpuId) -> Turn<'_> {
         self.0.turn(cpu)
     }
 
     #[cold]
-    fn turn_over(&self, hv: Hv, cpu: CpuId) -> bool {
-        let (over, kicks) = self.0.must_yield(cpu, || hv.hw.now_ns());
+    fn turn_over(&self, hv: Hv, cpu: CpuId, now: u64) -> bool {
+        let (over, kicks) = self.0.turn_over(cpu, now);
         kick(hv, kicks);
         over
     }

@@ -217,10 +217,10 @@ fn registers_travel_between_vmcb_and_gprs() {
     v.load();
     let mut regs = Gprs {
         rax: 1,
-        rsp: 2,
         rcx: 3,
         ..Gprs::default()
     };
+    v.set_rsp(2);
     guest(|v, regs| {
         assert_eq!((v.rax.get(), v.rsp.get(), regs.rcx), (1, 2, 3));
         v.rax.set(10);
@@ -229,7 +229,7 @@ fn registers_travel_between_vmcb_and_gprs() {
         v.exit_code.set(code::VMMCALL);
     });
     assert_eq!(v.enter(&mut regs), Exit::Hypercall(0));
-    assert_eq!((regs.rax, regs.rsp, regs.rcx), (10, 20, 30));
+    assert_eq!((regs.rax, v.rsp(), regs.rcx), (10, 20, 30));
 }
 
 #[test]

@@ -111,11 +111,11 @@ impl<C: Cpu> Vcpu<C> {
                 w.store((*value).into(), Relaxed);
             }
         }
-        if s.level != self.level {
+        if differ(&s.level, &self.level) {
             self.write_vectors(TMR_WORD, self.level, s.level);
             self.level = s.level;
         }
-        if interrupts && s.interrupts.exits != self.eoi_exits {
+        if interrupts && differ(&s.interrupts.exits, &self.eoi_exits) {
             self.write_eoi_exits(s.interrupts.exits);
         }
         self.write_interrupts(&s.interrupts, s.does == VirtualApic::Delivers);
@@ -146,14 +146,14 @@ impl<C: Cpu> Vcpu<C> {
             return;
         }
         let (waiting, in_service) = self.lent_interrupts();
-        if (waiting, in_service) != (lent.waiting, lent.in_service) {
+        if differ(&waiting, &lent.waiting) || differ(&in_service, &lent.in_service) {
             self.write_vectors(IRR_WORD, waiting, lent.waiting);
             self.write_vectors(ISR_WORD, in_service, lent.in_service);
             self.page.set((lent.waiting, lent.in_service));
             self.page_empty.set(none);
         }
         let rvi = if deliver { highest(lent.waiting) } else { 0 };
-        self.withheld = rvi == 0 && lent.waiting != [0; 4];
+        self.withheld = rvi == 0 && differ(&lent.waiting, &[0; 4]);
         let status = u16::from(highest(lent.in_service)) << 8 | u16::from(rvi);
         if self.vmx.caps.virtual_eoi() != 0 && self.status.get() != Some(status) {
             self.vmx.cpu.vmwrite(field::INTERRUPT_STATUS, status.into());
@@ -208,6 +208,14 @@ impl<C: Cpu> Vcpu<C> {
         };
         core::array::from_fn(|n| half(2 * n) | half(2 * n + 1) << 32)
     }
+}
+
+/// Whether two bitmaps are not the same.
+#[inline(always)]
+pub(super) fn differ(a: &[u64; 4], b: &[u64; 4]) -> bool {
+    // A comparison of arrays is a call.
+    let words = a.iter().zip(b);
+    words.fold(0, |all, (a, b)| all | (a ^ b)) != 0
 }
 
 /// The highest of a bitmap of vectors, 0 for none.

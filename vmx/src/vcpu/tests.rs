@@ -61,8 +61,8 @@ fn a_fast_exit_reads_and_writes_next_to_nothing() {
     log();
     accesses();
     cpuid(&mut v);
-    // Reason, RSP, length; RIP.
-    assert_eq!((log(), accesses()), (vec!["run"], (3, 1)));
+    // Reason, length; RIP.
+    assert_eq!((log(), accesses()), (vec!["run"], (2, 1)));
     v.set_rip(6);
     assert_eq!(accesses(), (1, 0), "the interrupt shadow");
     v.unload();
@@ -101,6 +101,117 @@ fn a_step_over_an_instruction_is_four_accesses_and_as_wide_as_the_code() {
     assert_eq!((v.runs_long(), accesses().0), (true, 0), "the address says so");
     assert_eq!(at(&mut v, 0x1000).0, 0x1002);
     assert!(v.runs_long());
+    v.unload();
+}
+
+#[test]
+fn an_entry_behind_an_instruction_reads_three_fields_more_and_writes_rip() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    cpuid(&mut v);
+    v.set_rip(0x100);
+    cpuid(&mut v);
+    accesses();
+    guest(|g| {
+        assert_eq!(g.get(RIP), 0x102);
+        g.exit(reason::CPUID);
+    });
+    assert_eq!(
+        v.enter_behind(&mut Gprs::default(), 2),
+        Exit::Cpuid(2)
+    );
+    // RIP, RFLAGS, interruptibility; reason, length.
+    assert_eq!(accesses(), (5, 1));
+    assert_eq!(v.rip(), 0x102);
+    v.unload();
+}
+
+#[test]
+fn an_entry_behind_an_instruction_is_refused_where_an_exception_follows_that() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    cpuid(&mut v);
+    for rare in [false, true] {
+        for flag in [RFLAGS_TF, RFLAGS_RF] {
+            guest(move |g| {
+                g.set(RFLAGS, 2 | flag);
+                g.exit(reason::CPUID);
+            });
+            enter(&mut v);
+            if rare {
+                v.flush_tlb();
+            }
+            let rip = v.rip();
+            log();
+            assert_eq!(
+                v.enter_behind(&mut Gprs::default(), 2),
+                Exit::StepFirst
+            );
+            assert!(log().is_empty() && v.rip() == rip);
+        }
+    }
+    v.unload();
+}
+
+#[test]
+fn whatever_else_is_to_be_settled_an_entry_is_behind_the_instruction() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    // The first entry; something written; a flush; the end of 64 KiB; an interrupt shadow.
+    for (n, (rip, shadow)) in [(0, 0), (8, 0), (16, 0), (0xffff, 0), (8, SHADOW_STI)]
+        .into_iter()
+        .enumerate()
+    {
+        if n > 0 {
+            guest(move |g| {
+                g.set(RIP, rip);
+                g.set(INTERRUPTIBILITY, shadow);
+                g.exit(reason::CPUID);
+            });
+            enter(&mut v);
+        } else {
+            v.set_rip(rip);
+        }
+        match n {
+            1 => v.set_rsp(99),
+            2 => v.flush_tlb(),
+            _ => {}
+        }
+        guest(move |g| {
+            // 16-bit code.
+            assert_eq!(g.get(RIP), (rip + 2) & 0xffff);
+            assert_eq!(g.get(INTERRUPTIBILITY), 0);
+            assert!(n != 1 || g.get(RSP) == 99);
+            g.exit(reason::CPUID);
+        });
+        assert_eq!(
+            v.enter_behind(&mut Gprs::default(), 2),
+            Exit::Cpuid(2)
+        );
+    }
+    v.unload();
+}
+
+#[test]
+fn what_cpuid_shows_of_cr4_is_known_without_a_read() {
+    const OSXSAVE: u64 = 1 << 18;
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    cpuid(&mut v);
+    guest(|g| {
+        assert_eq!(g.get(field::CR4_MASK) & CR4_SHOWN, CR4_SHOWN);
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    assert_eq!(moved(&mut v, 4, OSXSAVE), None);
+    accesses();
+    assert_eq!(v.cr4_shown() & CR4_SHOWN, OSXSAVE);
+    assert_eq!(accesses(), (0, 0));
+    assert_eq!(v.cr4() & OSXSAVE, OSXSAVE);
     v.unload();
 }
 
@@ -788,6 +899,97 @@ fn the_apic_access_page_is_no_memory_to_pae_paging() {
 }
 
 #[test]
+fn few_interrupts_are_lent_like_many() {
+    let vmx = boot(settle(&caps::tests::sapphire_rapids(), Features::empty()).unwrap());
+    for (waiting, in_service) in [(0, 0), (0x41, 0), (0, 0x7f), (0xff, 0x90), (0x30, 0x31)] {
+        let mut v = vcpu(vmx, 0x1000, false);
+        v.load();
+        v.lend_few(0, 0);
+        v.lend_few(waiting, in_service);
+        let lent = Lent::few(waiting, in_service);
+        guest(move |g| {
+            let status = u64::from(in_service) << 8 | u64::from(waiting);
+            assert_eq!(g.get(field::INTERRUPT_STATUS), status);
+            g.exit(reason::HLT);
+        });
+        enter(&mut v);
+        assert_eq!(v.lent_interrupts(), (lent.waiting, lent.in_service));
+        // What is there already is replaced.
+        v.lend_few(0x55, 0);
+        assert_eq!(
+            v.lent_interrupts(),
+            (Lent::few(0x55, 0).waiting, [0; 4])
+        );
+        v.unload();
+    }
+}
+
+#[test]
+fn an_entry_with_an_interrupt_alone_is_like_any_other() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.load();
+    cpuid(&mut v);
+    v.set_rflags(2 | RFLAGS_IF);
+    cpuid(&mut v);
+    v.inject(Event::Interrupt(0x40));
+    guest(|g| {
+        assert_eq!(inject::decode(g.get(field::INJECT)), Some(Event::Interrupt(0x40)));
+        g.set(field::INJECT, 0);
+        g.exit(reason::CPUID);
+    });
+    enter(&mut v);
+    assert!(!v.event_pending());
+    // Interrupted, it is injected again.
+    v.inject(Event::Interrupt(0x41));
+    guest(|g| {
+        let word = g.get(field::INJECT);
+        g.exit(reason::EPT_VIOLATION);
+        g.set(field::GPA, 0x1000);
+        g.set(field::VECTORING, word);
+    });
+    assert!(matches!(enter(&mut v), Exit::NestedFault(..)));
+    assert_eq!(v.waiting_event(), Some(Event::Interrupt(0x41)));
+    v.unload();
+}
+
+#[test]
+fn whether_a_kernel_calls_is_read_from_what_is_needed() {
+    let vmx = boot(new());
+    let mut v = vcpu(vmx, 0x1000, false);
+    v.set_state(&long_mode());
+    v.load();
+    for (rip, want) in [(0x1000, 4), (0xffff_ffff_8000_0000, 2)] {
+        guest(move |g| {
+            g.set(RIP, rip);
+            g.exit(reason::VMCALL);
+        });
+        enter(&mut v);
+        accesses();
+        assert!(v.is_kernel_64());
+        assert_eq!(accesses(), (want, 0));
+        assert!(v.is_kernel_64());
+        assert_eq!(v.caller(), (true, 0));
+    }
+    // User code; and code of 32 bits, by CS and by EFER.
+    let cs = Field::segment(Seg::Cs, Part::Rights).encoding();
+    let ss = Field::segment(Seg::Ss, Part::Rights).encoding();
+    let efer = Field::EFER.encoding();
+    for (field, value) in [(ss, 0xc0f3), (cs, 0xc09b), (efer, 0)] {
+        v.unload();
+        v.set_state(&long_mode());
+        v.load();
+        guest(move |g| {
+            g.set(field, value);
+            g.exit(reason::VMCALL);
+        });
+        enter(&mut v);
+        assert!(!v.is_kernel_64());
+    }
+    v.unload();
+}
+
+#[test]
 fn an_acknowledged_interrupt_is_the_hosts() {
     let vmx = boot(settle(&caps::tests::sapphire_rapids(), Features::empty()).unwrap());
     let mut v = vcpu(vmx, 0x1000, false);
@@ -1118,9 +1320,9 @@ fn registers_travel_between_vmcs_and_gprs() {
     v.load();
     let mut regs = Gprs {
         rax: 1,
-        rsp: 2,
         ..Gprs::default()
     };
+    v.set_rsp(2);
     guest(|g| {
         assert_eq!((g.regs.rax, g.get(RSP)), (1, 2));
         g.regs.rax = 10;
@@ -1128,7 +1330,7 @@ fn registers_travel_between_vmcs_and_gprs() {
         g.exit(reason::VMCALL);
     });
     assert_eq!(v.enter(&mut regs), Exit::Hypercall(2));
-    assert_eq!((regs.rax, regs.rsp), (10, 20));
+    assert_eq!((regs.rax, v.rsp()), (10, 20));
     v.unload();
 }
 

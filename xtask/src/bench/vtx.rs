@@ -54,6 +54,13 @@ pub fn bench(args: &Args, guest: &Path) -> Result<()> {
     if let Some(operation) = &args.profile {
         return profile(operation, args.guest, guest);
     }
+    if args.only_dom0 {
+        let dom0 = as_dom0("vtx-dom0", &Hypervisor::galvan()?, guest, "", None)?;
+        let mut table = Table::new(super::COUNTS);
+        table.operations(&dom0, None, &dom0.counts);
+        table.print();
+        return Ok(());
+    }
     let counted = as_dom0("vtx-counts", &Hypervisor::counting_vmcs()?, guest, "", None)?
         .complete("vtx-counts")?;
     ensure!(

@@ -111,7 +111,7 @@ fn context(v: &Vcpu, st: &VcpuState) -> Box<VcpuGuestContext> {
     }
     let u = &mut c.user_regs;
     (u.rax, u.rbx, u.rcx, u.rdx) = (r.rax, r.rbx, r.rcx, r.rdx);
-    (u.rsi, u.rdi, u.rbp, u.rsp) = (r.rsi, r.rdi, r.rbp, r.rsp);
+    (u.rsi, u.rdi, u.rbp, u.rsp) = (r.rsi, r.rdi, r.rbp, s.rsp);
     (u.r8, u.r9, u.r10, u.r11) = (r.r8, r.r9, r.r10, r.r11);
     (u.r12, u.r13, u.r14, u.r15) = (r.r12, r.r13, r.r14, r.r15);
     (u.rip, u.rflags) = (s.rip, s.rflags);
@@ -162,9 +162,10 @@ pub(super) fn set_context(cx: &Cx<'_>, d: &Arc<Domain>, call: &XenDomctl) -> Op 
     }
     let r = &mut st.regs;
     (r.rax, r.rbx, r.rcx, r.rdx) = (u.rax, u.rbx, u.rcx, u.rdx);
-    (r.rsi, r.rdi, r.rbp, r.rsp) = (u.rsi, u.rdi, u.rbp, u.rsp);
+    (r.rsi, r.rdi, r.rbp) = (u.rsi, u.rdi, u.rbp);
     (r.r8, r.r9, r.r10, r.r11) = (u.r8, u.r9, u.r10, u.r11);
     (r.r12, r.r13, r.r14, r.r15) = (u.r12, u.r13, u.r14, u.r15);
+    st.hw.set_rsp(u.rsp);
     if u.rip != st.hw.rip() {
         st.hw.set_rip(u.rip);
     }

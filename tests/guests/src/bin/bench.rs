@@ -166,6 +166,14 @@ impl Bench {
         self.only.is_empty() || self.only == name.as_bytes()
     }
 
+    /// What is wanted alone begins here.
+    fn begin(&self) {
+        if !self.only.is_empty() {
+            // SAFETY: nothing happens, but for Bochs' debugger, which begins a trace.
+            unsafe { core::arch::asm!("xchg bx, bx") };
+        }
+    }
+
     /// How often an operation that is run `all` times among all is run.
     fn runs(&self, all: u32) -> u32 {
         if self.only.is_empty() { all } else { u32::MAX }
@@ -179,6 +187,7 @@ impl Bench {
     #[inline(always)]
     fn run_after(&self, name: &str, mut before: impl FnMut(), mut f: impl FnMut()) {
         if self.wants(name) {
+            self.begin();
             let ticks = least(self.runs(RUNS), &mut before, &mut f).wrapping_sub(self.nothing);
             println!("BENCH {name} {ticks}");
             Counts::print(name, || {
@@ -227,10 +236,6 @@ fn guest_main(start: &'static HvmStartInfo) {
         },
     );
     println!("CLOCK empty {} hundred-nops {}", b.nothing, nops - b.nothing);
-    if !only.is_empty() {
-        // SAFETY: nothing happens, but for Bochs' debugger, which begins a trace.
-        unsafe { core::arch::asm!("xchg bx, bx") };
-    }
 
     instructions(&b);
     hypercalls(&b);
@@ -397,6 +402,7 @@ fn timer(b: &Bench) {
     events::clear_pending();
     events::set_masked(port, false);
     events::timed(true);
+    b.begin();
     let mut least = u64::MAX;
     let wait = |ahead| {
         let (ns, tsc) = now();
@@ -504,6 +510,7 @@ fn grants(b: &Bench) {
         return;
     }
     let mut least = u64::MAX;
+    b.begin();
     let pages = (0..).zip(&MAPPED).cycle();
     for (i, page) in pages.take(b.runs(MAPPED.len() as u32) as usize) {
         let gref = gref + 1 + i;
