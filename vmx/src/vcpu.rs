@@ -8,8 +8,8 @@
 //!   register, or from load if DR7 enables a breakpoint, until unload: an access before that exits,
 //!   the registers are switched, and the guest executes the instruction again.
 //! - Of CR0 the guest does not have NE, which VMX wants set, and CD and NW, which would be the
-//!   machine's; of CR4 what [`Caps::cr4_valid`](crate::caps::Caps) lacks, MCE, and what CPUID shows. It reads what it
-//!   wrote there, and a write that changes one of these exits and is done here.
+//!   machine's; of CR4 what [`Caps::cr4_valid`](crate::caps::Caps) lacks, MCE, and what CPUID shows. It
+//!   reads what it wrote there, and a write that changes one of these exits and is done here.
 //! - The pointers of PAE paging are registers, and are in the VMCS: after a change of state they are
 //!   read through the second-stage tables.
 //! - #DB and #AC exit, because a guest can arrange for their delivery to raise them again for
@@ -80,6 +80,8 @@ const CR4_MCE: u64 = 1 << 6;
 const CR4_SHOWN: u64 = 1 << 18 | 1 << 22;
 /// Access rights of CS: 64-bit code.
 const CODE_LONG: u64 = 1 << 13;
+/// CR4 bits with whose change the pointers of PAE paging are loaded: PSE, PAE, PGE, SMEP.
+const CR4_LOADS_POINTERS: u64 = 1 << 4 | CR4_PAE | 1 << 7 | 1 << 20;
 /// Interruptibility: the instruction before blocks interrupts, by STI or MOV SS.
 const SHADOW: u64 = 0b11;
 const SHADOW_STI: u64 = 1 << 0;
@@ -577,7 +579,8 @@ impl<C: Cpu> Vcpu<C> {
             (cr0, v)
         };
         let new_efer = galvan_base::state::efer(efer, new0);
-        if state::pae_paging(new0, new4, new_efer) {
+        let loads = number == 0 || (new4 ^ cr4) & CR4_LOADS_POINTERS != 0;
+        if loads && state::pae_paging(new0, new4, new_efer) {
             let cr3 = self.get(Field::CR3);
             if !self.load_pointers(cr3) {
                 return false;
@@ -750,8 +753,9 @@ impl<C: Cpu> Vcpu<C> {
             && self.on.is_some()
     }
 
-    /// Enters where all is settled and written; whether that `injects` the only thing that was rare. The frequent exits that are no more than the length of an
-    /// instruction do not go through [`exit::decode`], which has the same of them.
+    /// Enters where all is settled and written; whether that `injects` the only thing that was rare. The
+    /// frequent exits that are no more than the length of an instruction do not go through
+    /// [`exit::decode`], which has the same of them.
     #[inline(always)]
     fn enter_now(&mut self, regs: &mut Gprs, injects: bool, launched: bool) -> Exit {
         let raw = match self.switch(regs, launched) {
@@ -1283,25 +1287,25 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         self.vmcs.set(Field::RSP, v);
     }
 
-    /// Mostly none of the fields is known that say so.
+    /// Mostly nothing that the guest can change is known.
     fn is_kernel_64(&self) -> bool {
         const CS: Field = Field::segment(Seg::Cs, Part::Rights);
         const SS: Field = Field::segment(Seg::Ss, Part::Rights);
-        const ANY: u64 = Field::RIP.bit() | Field::EFER.bit() | CS.bit() | SS.bit();
-        if self.vmcs.knows_any(ANY) || self.on.is_none() {
+        if !self.vmcs.knows_its_own_alone() || self.on.is_none() {
             return self.is_known_kernel_64();
         }
         let read = |f| self.vmcs.fetch(self.vmx.cpu, f);
-        let is_kernel = state::dpl(read(SS)) == 0;
         if read(Field::RIP) >> 32 != 0 {
-            self.vmcs.know(Field::RIP.bit() | SS.bit());
-            return is_kernel;
+            self.vmcs.know(Field::RIP.bit());
+        } else {
+            let long = read(Field::EFER) & EFER_LMA != 0;
+            // CS remains unknown: it is of no use to anybody else.
+            self.vmcs.know(Field::RIP.bit() | Field::EFER.bit());
+            if !long || read(CS) & CODE_LONG == 0 {
+                return false;
+            }
         }
-        let long_mode = read(Field::EFER) & EFER_LMA != 0;
-        // CS remains unknown: it is of no use to anybody else.
-        self.vmcs
-            .know(Field::RIP.bit() | Field::EFER.bit() | SS.bit());
-        is_kernel && long_mode && read(CS) & CODE_LONG != 0
+        state::dpl(read(SS)) == 0
     }
 
     #[inline]

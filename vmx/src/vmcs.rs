@@ -346,6 +346,12 @@ impl GuestVmcs {
         self.known.set(self.known.get() | fields);
     }
 
+    /// Whether nothing is known that the guest can change: so it is after an exit.
+    #[inline]
+    pub fn knows_its_own_alone(&self) -> bool {
+        self.known.get() == OURS
+    }
+
     /// Whether any of these is.
     #[inline]
     pub fn knows_any(&self, fields: u64) -> bool {

@@ -208,6 +208,8 @@ fn what_cpuid_shows_of_cr4_is_known_without_a_read() {
     });
     enter(&mut v);
     assert_eq!(moved(&mut v, 4, OSXSAVE), None);
+    assert_eq!(moved(&mut v, 4, 0), None);
+    assert_eq!(moved(&mut v, 4, OSXSAVE), None);
     accesses();
     assert_eq!(v.cr4_shown() & CR4_SHOWN, OSXSAVE);
     assert_eq!(accesses(), (0, 0));
