@@ -4,10 +4,10 @@
 //! guest and hypervisor per operation and depend on neither the host nor its load.
 
 mod block;
+mod bochs;
 mod counter;
 mod machine;
 mod profile;
-mod vtx;
 
 use std::collections::HashMap;
 use std::fmt::Write as _;
@@ -88,10 +88,13 @@ pub struct Args {
     #[arg(long, conflicts_with_all = ["only_ways", "only_block"])]
     only_operations: bool,
     /// On VT-x, in Bochs: there the guest is one of `xl` on both, and dom0 on Galvan as well.
-    #[arg(long, conflicts_with_all = ["only_ways", "only_block", "only_operations"])]
+    #[arg(long, group = "bochs", conflicts_with_all = ["only_ways", "only_block", "only_operations"])]
     vtx: bool,
+    /// Likewise on an AMD-V that saves the next RIP, as processors do and QEMU's does not.
+    #[arg(long, group = "bochs", conflicts_with_all = ["only_ways", "only_block", "only_operations", "vtx"])]
+    nrips: bool,
     /// Only as dom0 of Galvan, which is soon done; nothing is written.
-    #[arg(long, requires = "vtx")]
+    #[arg(long, requires = "bochs")]
     only_dom0: bool,
     /// Of one operation, by its name in `bench`: in which functions its instructions are. Nothing is written.
     #[arg(long, value_name = "OPERATION", requires = "vtx")]
@@ -174,7 +177,10 @@ pub fn bench(args: &Args) -> Result<()> {
     setup::ensure(setup::FOR_RUN)?;
     let guest = bare::guest("bench")?;
     if args.vtx {
-        return vtx::bench(args, &guest);
+        return bochs::bench(args, &bochs::VTX, &guest);
+    }
+    if args.nrips {
+        return bochs::bench(args, &bochs::NRIPS, &guest);
     }
     // Of both, what is asked for.
     let mut whole = Table::new(COUNTS);

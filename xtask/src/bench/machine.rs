@@ -69,10 +69,11 @@ pub enum Firmware {
     Bios,
 }
 
-/// The same in Bochs, whose processor has VT-x, and whose clock always counts instructions; with a trace, if
+/// The same in Bochs, whose clock always counts instructions, on a processor of this model; with a trace, if
 /// one is wanted.
 pub fn run_in_bochs(
     name: &str,
+    model: &str,
     contents: &esp::Contents,
     firmware: Firmware,
     silence: Duration,
@@ -82,6 +83,7 @@ pub fn run_in_bochs(
     fs::create_dir_all(paths::out())?;
     let image = paths::out().join(format!("bench-{name}.img"));
     let mut machine = bochs::Machine::new(&image);
+    machine.model = model.to_owned();
     // The end of a trace is the end of the machine.
     let traced = trace.is_some();
     machine.trace = trace;
