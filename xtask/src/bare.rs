@@ -130,8 +130,6 @@ pub fn build(variant: Variant) -> Result<Built> {
         "relocation-model=static".to_owned(),
         "-C".to_owned(),
         "code-model=kernel".to_owned(),
-        "-C".to_owned(),
-        "force-frame-pointers=yes".to_owned(),
     ];
     if !script.exists() {
         bail!("{} is missing", script.display());

@@ -39,10 +39,10 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     if let Some(at) = info.location() {
         let _ = writeln!(LastWords, "    at {at}");
     }
-    let rbp: u64;
+    let rsp: u64;
     // SAFETY: reads a register.
-    unsafe { core::arch::asm!("mov {}, rbp", out(reg) rbp, options(nomem, nostack)) };
-    backtrace(0, rbp);
+    unsafe { core::arch::asm!("mov {}, rsp", out(reg) rsp, options(nomem, nostack)) };
+    backtrace(0, rsp);
     place();
     end()
 }
@@ -58,8 +58,8 @@ pub fn give_up(why: fmt::Arguments<'_>) -> ! {
 pub fn exception(frame: &crate::traps::Frame) -> ! {
     begin();
     let _ = writeln!(LastWords, "\n*** Galvan has crashed: {frame}");
-    let (rip, rbp) = frame.rip_rbp();
-    backtrace(rip, rbp);
+    let (rip, rsp) = frame.rip_rsp();
+    backtrace(rip, rsp);
     place();
     end()
 }
@@ -95,31 +95,52 @@ fn end() -> ! {
     crate::platform::reset()
 }
 
-/// Follows the frame pointers from `rbp`.
-fn backtrace(rip: u64, rbp: u64) {
-    let _ = writeln!(LastWords, "Call trace:");
+/// Words of the stack that are looked at, and lines that are printed.
+const DEPTH: (u64, u32) = (1024, 40);
+
+/// Prints what on the stack from `rsp` on looks like return addresses. There are no frame pointers, which would cost
+/// some instructions in each exit of a guest: what an earlier call has left in a hole of the stack is among them.
+fn backtrace(rip: u64, rsp: u64) {
+    let _ = writeln!(LastWords, "Call trace (return addresses on the stack):");
     if rip != 0 {
         line(rip);
     }
-    let mut fp = rbp;
-    for _ in 0..32 {
-        if fp & 7 != 0 || !on_a_stack(fp) {
+    let mut lines = 0;
+    for n in 0..DEPTH.0 {
+        let at = (rsp & !7) + n * 8;
+        if lines == DEPTH.1 || !on_a_stack(at) {
             break;
         }
         // SAFETY: an aligned address inside a mapped stack.
-        let [next, ret] = unsafe { (fp as *const [u64; 2]).read() };
-        if ret == 0 {
-            break;
+        let word = unsafe { (at as *const u64).read() };
+        if follows_a_call(word) {
+            line(word - 1);
+            lines += 1;
         }
-        line(ret - 1);
-        if next <= fp {
-            break;
-        }
-        fp = next;
     }
 }
 
-/// Whether two words at `a` are inside one of this CPU's stacks, or the loader's.
+/// Whether the instruction that ends before `address` may be a CALL, and the address is in a function.
+fn follows_a_call(address: u64) -> bool {
+    // The image is in the last 2 GiB (`code-model=kernel`).
+    if address < !0 << 31 {
+        return false;
+    }
+    let Some((_, offset)) = symbol(address - 1) else {
+        return false;
+    };
+    // SAFETY: of a function that is so long, mapped for as long as there is Galvan.
+    let byte = |back: u64| unsafe { ((address - back) as *const u8).read() };
+    let is = |back: u64| match back {
+        _ if offset + 1 < back => false,
+        // CALL rel32, or CALL by register or memory (Intel SDM "CALL—Call Procedure").
+        5 if byte(5) == 0xe8 => true,
+        _ => byte(back) == 0xff && byte(back - 1) >> 3 & 7 == 2,
+    };
+    (2..=7).any(is)
+}
+
+/// Whether a word at `a` is inside one of this CPU's stacks, or the loader's.
 fn on_a_stack(a: u64) -> bool {
     let in_cpu_area = crate::percpu::stack_contains(a);
     in_cpu_area
@@ -151,7 +172,9 @@ fn symbol(address: u64) -> Option<(&'static str, u64)> {
     let best = table
         .iter()
         .filter(|s| s.st_value <= address && s.st_symtype() == elf::abi::STT_FUNC)
-        .max_by_key(|s| s.st_value)?;
+        .max_by_key(|s| s.st_value)
+        // Assembly may leave out its length.
+        .filter(|s| s.st_size == 0 || address - s.st_value < s.st_size)?;
     let name = names.get(best.st_name as usize).ok()?;
     Some((name, address - best.st_value))
 }

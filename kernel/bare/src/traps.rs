@@ -165,9 +165,9 @@ impl Frame {
         }
     }
 
-    /// Where it happened, and the frame pointer there, for a backtrace.
-    pub fn rip_rbp(&self) -> (u64, u64) {
-        (self.rip, self.rbp)
+    /// Where it happened, and the stack pointer there, for a backtrace.
+    pub fn rip_rsp(&self) -> (u64, u64) {
+        (self.rip, self.rsp)
     }
 }
 
