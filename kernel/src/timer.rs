@@ -57,25 +57,26 @@ impl TimerQueues {
     /// had to be.
     #[inline(always)]
     pub fn expire(&self, hv: Hv, cpu: CpuId, now: Option<u64>) -> Option<u64> {
-        match self.0.first(cpu) {
-            Some(first) => Some(self.wake_due(hv, cpu, first, now)),
-            None => now,
+        let Some(first) = self.0.first(cpu) else { return now };
+        let now = now.unwrap_or_else(|| hv.hw.now_ns());
+        if first <= now {
+            self.wake_due(hv, cpu, first, now);
         }
+        Some(now)
     }
 
-    fn wake_due(&self, hv: Hv, cpu: CpuId, mut first: u64, now: Option<u64>) -> u64 {
-        let now = now.unwrap_or_else(|| hv.hw.now_ns());
+    #[inline(never)]
+    fn wake_due(&self, hv: Hv, cpu: CpuId, mut first: u64, now: u64) {
         while first <= now {
             let Some(v) = self.0.pop_due(cpu, now) else {
-                return now;
+                return;
             };
             v.unblock_at(hv, block::HALTED | block::POLLING, now);
             match self.0.first(cpu) {
                 Some(next) => first = next,
-                None => return now,
+                None => return,
             }
         }
-        now
     }
 
     /// The earliest deadline queued with `cpu`.
