@@ -96,8 +96,8 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
     let mut turn_ends = u64::MAX;
     // The next entry depends on nothing that may have changed since the last: see `Next::Quiet`.
     let mut quiet = false;
-    // What the processor has of the local APIC, and whether that is all that waits.
-    let (mut lent, mut delivers) = ((VirtualApic::None, false), false);
+    // The processor has all interrupts that wait.
+    let mut delivers = false;
     // The length of an instruction that is still to be stepped over.
     let mut behind = 0;
     loop {
@@ -128,7 +128,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
                 }
                 break;
             }
-            lent = (cx.st.lent, cx.st.shown);
+            cx.st.taken_back = false;
             delivers = cx.st.lent == VirtualApic::Delivers;
             let own = sooner(cx.st.next_deadline(), exit::apic::deadline(cx.st, hv));
             turn_ends = turn.ends();
@@ -177,7 +177,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
             Next::Resume => {}
             Next::Quiet(len) => {
                 behind = len;
-                quiet = lent == (cx.st.lent, cx.st.shown);
+                quiet = !cx.st.taken_back;
             }
             Next::Yield => {
                 hv.sched.yield_turn(hv, cpu);

@@ -249,7 +249,7 @@ fn take_lent(st: &mut VcpuState) {
             st.lapic.set_in_service([0; 4]);
         }
     }
-    (st.lent, st.shown) = (VirtualApic::None, false);
+    (st.lent, st.shown, st.taken_back) = (VirtualApic::None, false, true);
 }
 
 /// Whether a halted vCPU can still be woken by an ordinary interrupt.

@@ -137,6 +137,8 @@ pub struct VcpuState {
     pub virtual_apic: VirtualApic,
     /// What it does now: `lapic` is out of date until [`crate::upcall::take_back`] unless that is nothing.
     pub lent: VirtualApic,
+    /// What the processor had of the local APIC has been taken back since the entry was prepared.
+    pub taken_back: bool,
     /// The processor can answer accesses to the local APIC's page by itself.
     pub shows_apic: bool,
     /// It does: TPR and ICR of `lapic` are out of date, too.
@@ -242,6 +244,7 @@ impl Vcpu {
                 regs: Gprs::default(),
                 virtual_apic: hw.virtual_apic(),
                 lent: VirtualApic::None,
+                taken_back: false,
                 shows_apic: hw.shows_apic(),
                 shown: false,
                 shown_stale: true,
