@@ -85,7 +85,7 @@ pub struct Vcpu<C: Cpu = Real> {
     /// Why the state or event that was set cannot be run.
     refused: Option<&'static str>,
     counts: HwCounts,
-    /// `flush`, `nmi_waits`, `nmi` or `refused` may be other than they mostly are.
+    /// `flush`, `nmi_waits`, `nmi`, `refused` or the event to be injected may be other than they mostly are.
     rare: bool,
 }
 
@@ -299,7 +299,8 @@ impl<C: Cpu> Vcpu<C> {
         self.rare = self.flush
             || self.nmi_waits
             || self.nmi != NmiState::Open
-            || self.refused.is_some();
+            || self.refused.is_some()
+            || self.vmcb.event_inj.get() != 0;
         exit
     }
 
@@ -369,6 +370,7 @@ impl<C: Cpu> Vcpu<C> {
         if !exit::is_refusal(code) {
             let again = inject::after_exit(interrupted, 0, 0, 0);
             self.vmcb.event_inj.set(again);
+            self.rare = true;
         }
     }
 
@@ -400,7 +402,10 @@ impl<C: Cpu> Vcpu<C> {
 
     fn inject_word(&mut self, e: Event) {
         match inject::encode(e) {
-            Some(word) => self.vmcb.event_inj.set(word),
+            Some(word) => {
+                self.vmcb.event_inj.set(word);
+                self.rare = true;
+            }
             None => {
                 (self.refused, self.rare) = (Some("event that the processor refuses"), true);
             }
@@ -498,7 +503,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
                 vendor_code: 0,
             };
         };
-        if self.rare || self.vmcb.event_inj.get() != 0 {
+        if self.rare {
             return self.enter_as_it_is(cpu, regs);
         }
         // What follows is `run` where nothing is to be injected or flushed and no NMI matters.
