@@ -226,7 +226,9 @@ pub fn bench(args: &Args) -> Result<()> {
         "# What operations cost\n\n\
          Instructions per operation, guest and hypervisor together: the least of many runs of the\n\
          micro-guest `tests/guests/src/bin/bench.rs` as dom0; its second vCPU is down but for the last. Made by\n\
-         `cargo xtask bench`; the clock counts instructions, so that another run gives the same numbers.\n\n\
+         `cargo xtask bench`; the clock counts instructions, so that another run gives the same numbers.\n\
+         [NOTES.md](NOTES.md) says where the instructions are, and why a target is missed; without QEMU's own part in it,\n\
+         on a processor that saves the next RIP, the targets are in [RESULTS-NRIPS.md](RESULTS-NRIPS.md).\n\n\
          - {}, {}\n\
          - {}: `-accel tcg -icount shift=0,sleep=off -cpu {CPU} -smp 1 -m {MEMORY}`, AMD-Vi\n\
          - that processor has no NRIP save: the length of every instruction that exits is decoded\n\
