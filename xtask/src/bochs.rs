@@ -98,6 +98,9 @@ pub fn missing() -> Vec<&'static str> {
     .collect()
 }
 
+const NETWORK: &str = "pci: enabled=1, chipset=i440fx, slot1=e1000\n\
+                       e1000: enabled=1, mac=52:54:00:12:34:57, ethmod=slirp\n";
+
 /// A machine to start.
 #[derive(Debug, Clone)]
 pub struct Machine {
@@ -113,6 +116,8 @@ pub struct Machine {
     /// The disk the firmware boots from. The machine writes to it, and it is made a whole number
     /// of cylinders long.
     pub boot: PathBuf,
+    /// An e1000 on a network that Bochs plays itself: DHCP, and a gateway that answers pings.
+    pub network: bool,
     /// A trace to write.
     pub trace: Option<Trace>,
 }
@@ -145,6 +150,7 @@ impl Machine {
             mem: 1024,
             bios: false,
             boot: boot.to_owned(),
+            network: false,
             trace: None,
         }
     }
@@ -161,7 +167,7 @@ impl Machine {
              megs: {}\n\
              cpu: model={}, count={},{} ips={IPS}, reset_on_triple_fault=0, ignore_bad_msrs=1\n\
              clock: sync=none\n\
-             {}{}\
+             {}{}{}\
              com1: enabled=1, mode=socket-client, dev=127.0.0.1:{port}\n\
              ata0-master: type=disk, path=\"{}\", mode=flat, cylinders=0\n\
              boot: disk\n\
@@ -182,6 +188,7 @@ impl Machine {
             if self.smp > 1 { " quantum=32," } else { "" },
             if kind.sound { "sound: driver=dummy\n" } else { "" },
             if self.trace.is_some() { "magic_break: enabled=1\n" } else { "" },
+            if self.network { NETWORK } else { "" },
             self.boot.display(),
             dir.join("bochs.log").display(),
         )

@@ -560,6 +560,7 @@ fn perform(
             machine.smp = scenario.smp;
             machine.mem = scenario.mem;
             machine.bios = scenario.loader == Loader::GrubBios;
+            machine.network = matches!(scenario.start, Start::Debian);
             let running = machine.start(log_file.try_clone()?.into())?;
             let console = Console::new(running.serial()?, running.serial()?, Some(log_file), limit);
             (Box::new(running), console)

@@ -87,6 +87,16 @@ pub const ALL: &[Scenario] = &[
     perhaps("qemu-opteron-g5").cpu("Opteron_G5,+svm,+npt,+xsaveopt"),
     perhaps("qemu-epyc").cpu("EPYC,+svm,+npt"),
     perhaps("qemu-max").cpu("max"),
+    Scenario::new(
+        "vtx-debian",
+        "VT-x: Debian 13 comes up as dom0 from PIIX IDE, with an e1000, and restarts the machine",
+        Start::Debian,
+        2400,
+        vtx::debian,
+    )
+    .by(Loader::GrubBios)
+    .on_bochs("corei7_haswell_4770")
+    .config(super::WITHOUT_GUEST),
     on_vtx(
         "vtx-restart",
         "VT-x: dom0 restarts the machine",
