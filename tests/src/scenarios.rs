@@ -393,10 +393,14 @@ fn on_small(c: &mut Console) -> Result<()> {
     Ok(())
 }
 
-/// Back from a guest's console to dom0's shell.
+/// Back from a guest's console to dom0's shell. The console's program takes the key for what it is only if it reads
+/// that alone: it is pressed once more if it went to the guest with something else.
 fn leave(c: &mut Console) -> Result<()> {
     c.send("\x1d")?;
-    c.expect(r"root@galvan:~# ", 120)?;
+    if c.expect(r"root@galvan:~# ", 30).is_err() {
+        c.send("\x1d")?;
+        c.expect(r"root@galvan:~# ", 120)?;
+    }
     Ok(())
 }
 
