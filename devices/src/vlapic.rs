@@ -238,14 +238,11 @@ impl Vlapic {
     /// having done nothing, where it may have one.
     #[inline(always)]
     pub fn eoi_quietly(&mut self) -> bool {
-        let vector = self.isrv;
-        if self.irrv != 0 || vector == 0 || self.tmr.test(vector) {
-            return false;
+        let quiet = self.irrv == 0 && self.isrv != 0 && !self.tmr.test(self.isrv);
+        if quiet {
+            self.eoi();
         }
-        self.isr.clear(vector);
-        self.isrv = self.isr.highest();
-        self.update_ppr();
-        true
+        quiet
     }
 
     /// An interrupt arrives on this vCPU. False if it was not accepted (the APIC is disabled by

@@ -97,7 +97,7 @@ impl ApicPage {
         d.finish(hv, changes);
         // An entry of a single page is there, and taking it away needs no memory.
         debug_assert!(r.is_ok(), "{r:?}");
-        self.mapped.store(false, Ordering::SeqCst);
+        self.mapped.store(r.is_err(), Ordering::SeqCst);
     }
 
     /// Whether it may be mapped.

@@ -219,8 +219,6 @@ pub fn scheduled_in(cx: &mut Cx<'_>, now: u64) {
         write_vcpu_time(cx);
     }
     cx.st.hw.set_tsc_offset(cx.st.tsc_offset);
-    // It may have been woken for one of these, which need not be asked the time for once more.
-    serve_deadlines(cx, now);
 }
 
 /// The vCPU ends its turn on this CPU.
@@ -251,13 +249,6 @@ pub fn expire_own(cx: &mut Cx<'_>, now: Option<u64>) -> Option<u64> {
         return now;
     }
     let now = now.unwrap_or_else(|| cx.hv.hw.now_ns());
-    serve_deadlines(cx, now);
-    Some(now)
-}
-
-/// The deadlines that have passed at `now`.
-#[inline(always)]
-fn serve_deadlines(cx: &mut Cx<'_>, now: u64) {
     let t = &mut cx.st.timers;
     let mut fire = false;
     if t.singleshot.is_some_and(|at| at <= now) {
@@ -283,6 +274,7 @@ fn serve_deadlines(cx: &mut Cx<'_>, now: u64) {
     if cx.st.lapic.timer_deadline().is_some() {
         crate::exit::apic::tick(cx, now);
     }
+    Some(now)
 }
 
 /// The runstate of another vCPU as far as it can be seen from here.

@@ -74,7 +74,9 @@ pub fn prepare_entry(cx: &mut Cx<'_>) -> bool {
         && st.lapic.software_enabled();
     let enter = choose_event(st, delivers);
     if !enter {
-    } else if shows {
+        return false;
+    }
+    if shows {
         show(st, delivers);
     } else if st.shows_apic {
         // To this vCPU it would be memory.
@@ -83,7 +85,7 @@ pub fn prepare_entry(cx: &mut Cx<'_>) -> bool {
     } else if st.virtual_apic != VirtualApic::None {
         lend(st, delivers);
     }
-    enter
+    true
 }
 
 /// `delivers`: interrupts are not injected, but lent to a processor that delivers them.

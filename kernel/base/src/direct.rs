@@ -127,6 +127,15 @@ impl KnownWord {
         }
     }
 
+    /// [`HostMem::or_u64`]
+    #[inline(always)]
+    pub fn or<M: HostMem + ?Sized>(&self, mem: &M, bits: u64) -> Result<u64, MemFault> {
+        match self.cell {
+            Some(c) => Ok(c.fetch_or(bits, Ordering::SeqCst)),
+            None => mem.or_u64(self.at.frame(), self.at.offset(), bits),
+        }
+    }
+
     /// [`HostMem::and_u64`]
     #[inline(always)]
     pub fn and<M: HostMem + ?Sized>(&self, mem: &M, mask: u64) -> Result<u64, MemFault> {
@@ -201,24 +210,6 @@ impl KnownPage {
             return None;
         }
         self.words?.get(off / 8)
-    }
-
-    /// [`HostMem::load_u64`]
-    #[inline(always)]
-    pub fn load_u64<M: HostMem + ?Sized>(&self, mem: &M, off: usize) -> Result<u64, MemFault> {
-        match self.word(off) {
-            Some(w) => Ok(w.load(Ordering::Acquire)),
-            None => mem.load_u64(self.mfn, off),
-        }
-    }
-
-    /// [`HostMem::or_u64`]
-    #[inline(always)]
-    pub fn or_u64<M: HostMem + ?Sized>(&self, mem: &M, off: usize, bits: u64) -> Result<u64, MemFault> {
-        match self.word(off) {
-            Some(w) => Ok(w.fetch_or(bits, Ordering::SeqCst)),
-            None => mem.or_u64(self.mfn, off, bits),
-        }
     }
 
     /// The word at this offset, which is a multiple of 8 within the frame.
@@ -400,10 +391,8 @@ mod tests {
             assert_eq!(word.and(&mem, 3), Ok(6));
             assert_eq!(word.cmpxchg(&mem, 3, 9), Ok(2));
             assert_eq!(word.cmpxchg(&mem, 2, 0x0605_0403_0201_0001), Ok(2));
-            assert_eq!(page.or_u64(&mem, 4088, 0x80), Ok(0x0605_0403_0201_0001));
-            assert_eq!(page.load_u64(&mem, 4088), Ok(0x0605_0403_0201_0081));
-            assert_eq!(page.or_u64(&mem, 4096, 1), Err(MemFault));
-            assert_eq!(page.load_u64(&mem, 4084), Err(MemFault));
+            assert_eq!(word.or(&mem, 0x80), Ok(0x0605_0403_0201_0001));
+            assert_eq!(word.load(&mem), Ok(0x0605_0403_0201_0081));
             page.write(&mem, 4088, &[1, 0, 1, 2, 3, 4, 5, 6]).unwrap();
             let mut quarter = [0; 4];
             for (off, want) in [(4080, [9, 8, 7, 6]), (4084, [5, 4, 3, 2]), (4092, [3, 4, 5, 6])] {

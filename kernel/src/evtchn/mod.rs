@@ -249,22 +249,10 @@ pub fn send_own(cx: &mut Cx<'_>, port: u32) -> Result<bool, Errno> {
     Ok(told)
 }
 
-/// The same for a domain whose vCPUs may all be elsewhere.
-#[cfg(test)]
-pub fn send(hv: Hv, d: &Domain, port: u32) -> Result<(), Errno> {
-    send_as(hv, d, port, Who::Guest, None).map(drop)
-}
-
 /// Sends an event through a port of `d`, of those too that Galvan uses itself
 /// ([`open_consumed`]).
 pub fn send_port(hv: Hv, d: &Domain, port: u32) -> Result<(), Errno> {
     send_as(hv, d, port, Who::Galvan, None).map(drop)
-}
-
-/// Raises a virtual interrupt of one vCPU, if it is bound.
-#[cfg(test)]
-pub fn raise_vcpu_virq(hv: Hv, d: &Domain, v: &Vcpu, virq: u32) {
-    raise_virq(hv, d, v.id, virq, None);
 }
 
 /// Raises a virtual interrupt of the calling vCPU, if it is bound. The next entry must look at its local APIC.

@@ -30,10 +30,10 @@ const fn place(port: u32) -> (usize, u64) {
 pub(super) fn raise(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> Raised {
     let (word, bit) = place(port);
     let shared = &d.shared_words;
-    let Ok(before) = shared.or_u64(mem, PENDING + word, bit) else {
+    let Ok(before) = shared.at(PENDING + word).or(mem, bit) else {
         return Raised::NOTHING;
     };
-    let masked = shared.load_u64(mem, MASK + word).is_ok_and(|w| w & bit != 0);
+    let masked = shared.at(MASK + word).load(mem).is_ok_and(|w| w & bit != 0);
     let tell = before & bit == 0 && !masked && select(mem, d, port, vcpu);
     Raised {
         new: before & bit == 0,
@@ -67,7 +67,8 @@ fn select(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> bool {
 pub(super) fn is_pending(mem: &dyn HostMem, d: &Domain, port: u32) -> bool {
     let (word, bit) = place(port);
     d.shared_words
-        .load_u64(mem, PENDING + word)
+        .at(PENDING + word)
+        .load(mem)
         .is_ok_and(|w| w & bit != 0)
 }
 

@@ -43,8 +43,8 @@ pub fn rdmsr(cx: &mut Cx<'_>, index: u32) -> Result<u64, Gp> {
     st.lapic.rdmsr(index, || now(hw, offset))
 }
 
-/// The most frequent WRMSR: the end of an interrupt behind which none waits. False, having done nothing, if it is
-/// not that.
+/// The most frequent WRMSR: the end of an interrupt behind which none waits, after which what decides about the
+/// next entry is as it was. False, having done nothing, if it is not that.
 #[inline(always)]
 pub fn eoi_quietly(cx: &mut Cx<'_>, index: u32, value: u64) -> bool {
     let st = &mut *cx.st;
@@ -55,10 +55,9 @@ pub fn eoi_quietly(cx: &mut Cx<'_>, index: u32, value: u64) -> bool {
         && st.lapic.eoi_quietly()
 }
 
-/// WRMSR of the APIC's registers. True if what decides about the next entry is as it was: the end of
-/// an interrupt behind which none waits.
+/// WRMSR of the APIC's registers.
 #[inline]
-pub fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> Result<bool, Gp> {
+pub fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> Result<(), Gp> {
     crate::upcall::take_back(cx.st);
     let (hw, offset) = (cx.hv.hw, cx.st.tsc_offset);
     // The two that matter leave the TPR alone.
@@ -70,13 +69,8 @@ pub fn wrmsr(cx: &mut Cx<'_>, index: u32, value: u64) -> Result<bool, Gp> {
     if priority {
         cx.st.hw.set_tpr(cx.st.lapic.cr8());
     }
-    if index == EOI && matches!(effect, Effect::None) {
-        // The guest may have lowered CR8 since, without an exit.
-        cx.st.lapic.set_cr8(cx.st.hw.tpr());
-        return Ok(cx.st.lapic.highest_pending().is_none());
-    }
     apply_lapic_effect(cx, effect);
-    Ok(false)
+    Ok(())
 }
 
 /// Whether accesses to this guest physical page go to the APIC.

@@ -52,18 +52,16 @@ pub fn write(cx: &mut Cx<'_>, len: u8) -> Next {
         return Next::Quiet(len);
     }
     let done = match index {
-        MSR_X2APIC..=MSR_X2APIC_LAST => apic::wrmsr(cx, index, value).ok(),
-        _ => wrmsr(cx, index, value).then_some(false),
+        MSR_X2APIC..=MSR_X2APIC_LAST => apic::wrmsr(cx, index, value).is_ok(),
+        _ => wrmsr(cx, index, value),
     };
-    match done {
-        Some(true) => return Next::Quiet(len),
-        Some(false) => insn::advance(cx, len),
-        None => {
-            if cx.dom.may_log_unknown(cx.hv, "wrmsr", index.into()) {
-                log::info!("{:?}: wrmsr {index:#x} of {value:#x} faults", cx.vcpu);
-            }
-            insn::inject(cx, Event::GP);
+    if done {
+        insn::advance(cx, len);
+    } else {
+        if cx.dom.may_log_unknown(cx.hv, "wrmsr", index.into()) {
+            log::info!("{:?}: wrmsr {index:#x} of {value:#x} faults", cx.vcpu);
         }
+        insn::inject(cx, Event::GP);
     }
     Next::Resume
 }

@@ -145,10 +145,7 @@ fn single(hv: Hv, me: &Arc<Domain>, op: &GnttabCopy) -> Result<(), GntStatus> {
     let from = Side::claim(hv, me, &op.source, flag(GNTCOPY_SOURCE_GREF), Want::Read)?;
     let r = match Side::claim(hv, me, &op.dest, flag(GNTCOPY_DEST_GREF), Want::Write) {
         Ok(to) => {
-            let r = hv
-                .hw
-                .copy(to.page.mfn(), into, from.page.mfn(), at, len)
-                .map_err(|_| GntStatus::BAD_PAGE);
+            let r = bytes(hv, (&from, at), (&to, into), len);
             to.release(hv, Want::Write);
             r
         }
@@ -195,10 +192,15 @@ fn copy_one(
     let (Some(from), Some(to)) = (from, to) else {
         return Err(GntStatus::GENERAL_ERROR);
     };
+    bytes(hv, (from, at), (to, into), len)
+}
+
+/// Copies between places in two pages.
+fn bytes(hv: Hv, from: (&Side, usize), to: (&Side, usize), len: usize) -> Result<(), GntStatus> {
     if len == 0 {
         return Ok(());
     }
     hv.hw
-        .copy(to.page.mfn(), into, from.page.mfn(), at, len)
+        .copy(to.0.page.mfn(), to.1, from.0.page.mfn(), from.1, len)
         .map_err(|_| GntStatus::BAD_PAGE)
 }

@@ -8,8 +8,8 @@ use galvan_base::hw::Platform;
 use galvan_dom0_proto::event_channel::*;
 use proptest::prelude::*;
 
-use super::super::{close, send, set_priority, unmask};
-use super::guest;
+use super::super::{close, set_priority, unmask};
+use super::{guest, send};
 use crate::testing::World;
 
 /// Where the guest has its structures.

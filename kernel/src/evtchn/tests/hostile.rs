@@ -15,8 +15,8 @@ use proptest::prelude::*;
 
 use super::super::fifo::{Fifo, Pages};
 use super::super::port::{Cells, Port, Route, Table};
-use super::super::{bind_vcpu, send, set_priority, unmask};
-use super::{channel, guest};
+use super::super::{bind_vcpu, set_priority, unmask};
+use super::{channel, guest, send};
 use crate::mm::PageRef;
 use crate::testing::World;
 

@@ -6,9 +6,9 @@ use std::vec::Vec;
 use shuttle::thread;
 
 use super::super::{
-    alloc_unbound, bind_interdomain, bind_vcpu, close, domain_teardown, send, set_priority, unmask,
+    alloc_unbound, bind_interdomain, bind_vcpu, close, domain_teardown, set_priority, unmask,
 };
-use super::channel;
+use super::{channel, send};
 use super::fifo::{Consumer, setup};
 use crate::interleaved::explore;
 use crate::p2m::Budget;

@@ -14,10 +14,24 @@ use galvan_dom0_proto::event_channel::*;
 use galvan_dom0_proto::xen as nr;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
+use super::port::Who;
+use crate::domain::Domain;
+use crate::hv::Hv;
 use crate::testing::World;
+use crate::vcpu::Vcpu;
 
 /// Where a guest puts the arguments of its calls.
 const ARG: u64 = 0x1000;
+
+/// Sends through a guest's port from a CPU that runs none of its vCPUs.
+fn send(hv: Hv, d: &Domain, port: u32) -> Result<(), Errno> {
+    super::send_as(hv, d, port, Who::Guest, None).map(drop)
+}
+
+/// Raises a virtual interrupt of one vCPU, likewise.
+fn raise_vcpu_virq(hv: Hv, d: &Domain, v: &Vcpu, virq: u32) {
+    super::raise_virq(hv, d, v.id, virq, None);
+}
 
 /// A guest's view of its event channels: hypercalls made by its vCPU 0.
 #[derive(Clone, Copy)]

@@ -11,8 +11,8 @@ use galvan_dom0_proto::event_channel::*;
 use galvan_dom0_proto::xen::{VIRQ_DEBUG, VIRQ_DOM_EXC, VIRQ_TIMER};
 use proptest::prelude::*;
 
-use super::super::{domain_teardown, raise_vcpu_virq};
-use super::guest;
+use super::super::domain_teardown;
+use super::{guest, raise_vcpu_virq};
 use crate::domain::DomainConfig;
 use crate::evtchn;
 use crate::p2m::Budget;
@@ -369,7 +369,7 @@ fn domains_that_work_on_each_other_s_ports_at_once_end_in_order() {
                         2..=4 => drop(evtchn::bind_interdomain(hv, local, remote, port)),
                         5 => drop(evtchn::close(hv, local, port)),
                         6 => drop(evtchn::unmask(hv, local, port)),
-                        _ => drop(evtchn::send(hv, local, port)),
+                        _ => drop(super::send(hv, local, port)),
                     }
                 }
             });

@@ -13,7 +13,7 @@ use galvan_dom0_proto::event_channel::*;
 use galvan_dom0_proto::xen::*;
 
 use super::super::*;
-use super::{ARG, channel, guest};
+use super::{ARG, channel, guest, raise_vcpu_virq, send};
 use crate::domain::DomainConfig;
 use crate::p2m::Budget;
 use crate::testing::{self, World};

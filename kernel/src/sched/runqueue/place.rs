@@ -222,11 +222,7 @@ impl<E: Entity> RunQueues<E> {
         now: u64,
         kicks: &mut CpuSet,
     ) {
-        let head = if inner.ready.is_empty() {
-            None
-        } else {
-            inner.head(1 << bit)
-        };
+        let head = inner.head(1 << bit);
         let (waiting, cpus, busy) = (inner.ready.len(), q.cpus.len(), inner.busy);
         let Some(run) = inner.run(bit) else { return };
         let Some(h) = head else {

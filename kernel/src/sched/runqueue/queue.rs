@@ -63,7 +63,11 @@ impl<E> Queue<E> {
 
 impl<E> Inner<E> {
     /// The first in line among those that may run on one of `cpus`.
+    #[inline]
     pub(super) fn head(&self, cpus: u64) -> Option<Head> {
+        if self.ready.is_empty() {
+            return None;
+        }
         let e = self.ready.iter().find(|e| e.hard & cpus != 0)?;
         Some(Head {
             vt: e.vt,
@@ -79,15 +83,10 @@ impl<E> Inner<E> {
     /// turn ago they were the other way round. One that comes from elsewhere, or has had no
     /// competitors, may be anywhere: too far back it would keep the others waiting until it has
     /// caught up, too far ahead it would wait until they have.
-    #[inline]
     pub(super) fn bring(&self, cpus: u64, vt: u64, rate: u64) -> u64 {
         if self.ready.is_empty() {
             return vt;
         }
-        self.bring_among(cpus, vt, rate)
-    }
-
-    fn bring_among(&self, cpus: u64, vt: u64, rate: u64) -> u64 {
         let here = |e: &&Entry<E>| e.hard & cpus != 0;
         let Some(last) = self.ready.iter().rev().find(here) else {
             return vt;
@@ -106,15 +105,7 @@ impl<E> Inner<E> {
 
     /// The virtual time of those who compete for these CPUs, with the rate of one of them: that of
     /// the unit served last (at its begin, or with `at` at that time) or of the first in line.
-    #[inline]
     pub(super) fn level(&self, cpus: u64, at: Option<u64>) -> Option<(u64, u64)> {
-        if self.busy & cpus == 0 && self.ready.is_empty() {
-            return None;
-        }
-        self.level_among(cpus, at)
-    }
-
-    fn level_among(&self, cpus: u64, at: Option<u64>) -> Option<(u64, u64)> {
         let newest = bits(self.busy & cpus)
             .filter_map(|b| self.runs.get(b as usize))
             .map(|r| (at.map_or(r.vt, |now| r.vt_at(now)), r.rate))
