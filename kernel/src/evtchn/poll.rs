@@ -13,6 +13,7 @@ use super::port::Who;
 use crate::domain::Domain;
 use crate::guest_access::Cx;
 use crate::hv::Hv;
+use crate::upcall;
 use crate::vcpu::block;
 
 /// [`crate::vcpu::Vcpu::poll_port`] of a vCPU that waits for more than one port.
@@ -43,7 +44,10 @@ pub fn poll_wait(cx: &mut Cx<'_>, ports: &[u32]) -> Result<bool, Errno> {
     v.poll_port.store(tag, Ordering::SeqCst);
     waiters.fetch_or(bit, Ordering::SeqCst);
 
-    if ports.iter().any(|p| e.is_pending(hv.hw, d, *p)) || v.has_posted() {
+    // What the vCPU has sent to itself since its last entry is not posted: its local APIC has it already.
+    let interrupted =
+        v.has_posted() || upcall::interruptible(cx) && cx.st.lapic.highest_pending().is_some();
+    if ports.iter().any(|p| e.is_pending(hv.hw, d, *p)) || interrupted {
         waiters.fetch_and(!bit, Ordering::SeqCst);
         v.blocked.fetch_and(!block::POLLING, Ordering::SeqCst);
         return Ok(false);

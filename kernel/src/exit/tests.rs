@@ -874,6 +874,26 @@ fn an_event_to_oneself_is_looked_at_before_the_next_entry() {
 }
 
 #[test]
+fn who_has_sent_to_itself_does_not_wait_for_another_port() {
+    let s = Setting::new();
+    s.x2apic();
+    let d = s.w.dom(1);
+    d.vcpu(0).unwrap().upcall_vector.store(0xf3, Ordering::Relaxed);
+    let (own, other) = (crate::evtchn::bind_ipi(d, 0).unwrap(), crate::evtchn::bind_ipi(d, 0).unwrap());
+    // In one multicall, so that nothing is taken in between.
+    let send_and_poll = |flags| {
+        s.hw(1, 0).with_state(|st| st.rflags = flags);
+        s.w.with_cx(1, 0, |cx| {
+            crate::evtchn::send_own(cx, own).unwrap();
+            crate::evtchn::poll_wait(cx, &[other]).unwrap()
+        })
+    };
+    assert!(!send_and_poll(2 | RFLAGS_IF), "the upcall is to be taken");
+    // With interrupts disabled it waits for what it named, as ever.
+    assert!(send_and_poll(2));
+}
+
+#[test]
 fn the_end_of_a_level_interrupt_reaches_the_machine() {
     let s = Setting::new();
     let w = &s.w;
