@@ -7,7 +7,7 @@
 use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
-use galvan_base::PageOrder;
+use galvan_base::{CpuId, PageOrder};
 use galvan_base::hw::VirtualApic;
 use galvan_base::exit::Exit;
 use galvan_base::state::ArchState;
@@ -18,9 +18,11 @@ use crate::guest_access::Cx;
 use crate::hv::Hv;
 use crate::vcpu::{POSTED_DIRECT, Vcpu, block, request};
 
-/// What an idle CPU zeroes between two looks at whether there is work: so long a deadline may be
-/// missed for it.
-const SCRUB_PIECE: PageOrder = PageOrder::P4K;
+/// What an idle CPU zeroes without letting in interrupts: 32 KiB, which is a microsecond or two.
+const SCRUB_BLOCK: PageOrder = match PageOrder::new(3) {
+    Some(order) => order,
+    None => PageOrder::P4K,
+};
 
 /// The earlier of two times that may not be set.
 #[inline(always)]
@@ -55,10 +57,8 @@ pub fn run_once(hv: Hv) {
             }
             hv.sched.put_back(hv, cpu, v);
         }
-        // Idle time goes into scrubbing what others have left, a piece at a time.
-        None if !hv.sched.has_work(cpu) && hv.frames.scrub(SCRUB_PIECE) => {
-            hv.hw.take_interrupts();
-        }
+        // Idle time goes into scrubbing what others have left.
+        None if !hv.sched.has_work(cpu) && scrub(hv, cpu) => hv.hw.take_interrupts(),
         None => {
             let deadline = sooner(hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu));
             hv.timers.arm(hv, cpu, deadline, None);
@@ -70,6 +70,16 @@ pub fn run_once(hv: Hv) {
             }
         }
     }
+}
+
+/// Zeroes what others have left, until there is work, something is due, or a block is clean. Whether it did
+/// anything.
+fn scrub(hv: Hv, cpu: CpuId) -> bool {
+    // The timer is not set for what is due, which may come late by the time that a frame takes.
+    let due = hv.timers.next_deadline(cpu).unwrap_or(u64::MAX);
+    // Interrupts stay out: what one leads to may wait for a lock whose holder waits for a frame of the block.
+    let idle = || !hv.sched.has_work(cpu) && hv.hw.now_ns() < due;
+    hv.frames.scrub(SCRUB_BLOCK, idle)
 }
 
 /// Runs one vCPU on this CPU from `now` on, until it blocks, is stopped, or its turn is over.

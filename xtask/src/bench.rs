@@ -16,7 +16,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
 use self::machine::{CPU, Line};
 use crate::run::Hypervisor;
@@ -96,11 +96,12 @@ pub struct Args {
     /// Only as dom0 of Galvan, which is soon done; nothing is written.
     #[arg(long, requires = "bochs")]
     only_dom0: bool,
-    /// Of one operation, by its name in `bench`: in which functions its instructions are. Nothing is written.
-    #[arg(long, value_name = "OPERATION", requires = "vtx")]
+    /// In which functions the hypervisor's instructions are: in QEMU of `create`, the way to a guest; with
+    /// `--vtx` of one operation, by its name in `bench`. Nothing is written.
+    #[arg(long, value_name = "WHAT", conflicts_with_all = ["nrips", "only_ways", "only_block", "only_operations"])]
     profile: Option<String>,
     /// The same as a guest of `xl`, and not as dom0.
-    #[arg(long, requires = "profile")]
+    #[arg(long, requires_all = ["profile", "vtx"])]
     guest: bool,
     /// Where the table goes.
     #[arg(long)]
@@ -181,6 +182,13 @@ pub fn bench(args: &Args) -> Result<()> {
     }
     if args.nrips {
         return bochs::bench(args, &bochs::NRIPS, &guest);
+    }
+    if let Some(what) = &args.profile {
+        ensure!(
+            what == "create",
+            "in QEMU only `create` has a profile; operations have theirs with --vtx"
+        );
+        return counter::profile_create(&Hypervisor::galvan()?, &guest);
     }
     // Of both, what is asked for.
     let mut whole = Table::new(COUNTS);

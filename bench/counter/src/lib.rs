@@ -10,7 +10,12 @@
 //! offset within its page and its first bytes, both in hexadecimal. Each time such a place is executed a
 //! line goes to the file: name, instructions since power-on, those of the hypervisor (and what ran before
 //! it), VMRUNs.
+//!
+//! With `code=START:END`, which are hexadecimal addresses of which only the hypervisor executes anything, it is
+//! counted as well how often each instruction there was executed: before the line of a place come lines
+//! `@ADDRESS COUNT`, of those executed since the last one.
 
+mod code;
 mod marks;
 // Its functions are QEMU's, which the tests' program has not.
 #[cfg(not(test))]

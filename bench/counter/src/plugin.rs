@@ -12,6 +12,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, OnceLock};
 
+use crate::code::Code;
 use crate::marks::{Insn, Mark};
 
 /// QEMU's.
@@ -66,6 +67,8 @@ static VMRUNS: AtomicU64 = AtomicU64::new(0);
 /// Where in this process's memory the instructions behind VMRUNs are.
 static BEHIND: Mutex<Option<HashSet<usize>>> = Mutex::new(None);
 static MARKS: OnceLock<Vec<Mark>> = OnceLock::new();
+/// What is counted by instruction.
+static CODE: OnceLock<Code> = OnceLock::new();
 static OUT: Mutex<Option<File>> = Mutex::new(None);
 
 /// The version of the interface.
@@ -98,6 +101,8 @@ pub unsafe extern "C" fn qemu_plugin_install(
             }
         } else if let Some(mark) = text.strip_prefix("mark=").and_then(Mark::parse) {
             marks.push(mark);
+        } else if let Some(code) = text.strip_prefix("code=").and_then(Code::parse) {
+            let _ = CODE.set(code);
         } else {
             eprintln!("not understood: {text}");
             return 1;
@@ -135,14 +140,9 @@ extern "C" fn translated(_id: u64, tb: *mut ffi::Tb) {
         if n == 0 && behind.contains(&host) {
             call(*handle, exited, 0);
         }
-        // SAFETY: the counter is static, and QEMU's to change, whose only processor executes the code.
-        unsafe {
-            ffi::qemu_plugin_register_vcpu_insn_exec_inline(
-                *handle,
-                ffi::ADD,
-                ALL.as_ptr().cast(),
-                1,
-            );
+        count(*handle, &ALL);
+        if let Some(counter) = CODE.get().and_then(|code| code.counter(insn.at)) {
+            count(*handle, counter);
         }
         if insn.bytes == VMRUN && host != 0 {
             behind.insert(host + VMRUN.len());
@@ -154,6 +154,16 @@ extern "C" fn translated(_id: u64, tb: *mut ffi::Tb) {
                 call(*handle, reached, index);
             }
         }
+    }
+}
+
+/// Has an instruction counted.
+fn count(handle: *mut ffi::Insn, counter: &'static AtomicU64) {
+    // SAFETY: the instruction is valid now; the counter is static, and QEMU's to change, whose only processor
+    // executes the code.
+    unsafe {
+        let counter = counter.as_ptr().cast();
+        ffi::qemu_plugin_register_vcpu_insn_exec_inline(handle, ffi::ADD, counter, 1);
     }
 }
 
@@ -188,6 +198,9 @@ extern "C" fn reached(_cpu: u32, index: *mut c_void) {
     let name = MARKS.get().and_then(|m| m.get(index as usize));
     if let (Some(mark), Some(out)) = (name, OUT.lock().unwrap_or_else(|e| e.into_inner()).as_mut())
     {
+        for (at, n) in CODE.get().into_iter().flat_map(Code::take) {
+            let _ = writeln!(out, "@{at:x} {n}");
+        }
         // A file that cannot be written ends in lines that are missing, which its reader says.
         let _ = writeln!(out, "{} {all} {own} {}", mark.name, VMRUNS.load(Relaxed));
     }

@@ -587,25 +587,33 @@ impl FrameTable {
             .map_err(|_| NotOurs)
     }
 
-    /// Zeroes one dirty block of at most `max` and makes it clean. True if it did; false if
-    /// there was nothing to do. For idle time; takes the time of zeroing `max`.
-    pub fn scrub(&self, max: PageOrder) -> bool {
-        let (m, count) = {
+    /// Zeroes frames of one dirty block of at most `max`, and makes them clean; after each it asks whether to `go_on`.
+    /// True if there was one. For idle time.
+    ///
+    /// `go_on` must not wait for anybody, for all that is free may be in the block, and
+    /// [`FrameTable::alloc`] waits for that.
+    pub fn scrub(&self, max: PageOrder, mut go_on: impl FnMut() -> bool) -> bool {
+        let block = {
             let mut heap = self.heap.lock();
             let Some((m, order)) = heap.take_dirty(self, max.get()) else {
                 return false;
             };
             self.scrubbing.fetch_add(1 << order, Ordering::Relaxed);
-            (m, 1 << order)
+            m..m + (1 << order)
         };
-        let frames = m..m + count;
-        for m in frames.clone() {
-            self.zero(Mfn::new_truncate(m));
+        let mut clean = block.start;
+        loop {
+            self.zero(Mfn::new_truncate(clean));
+            clean += 1;
+            if clean == block.end || !go_on() {
+                break;
+            }
         }
-        self.set(m, Word::new(State::FreeTail));
         let mut heap = self.heap.lock();
-        heap.free_run(self, frames, false);
-        self.scrubbing.fetch_sub(count, Ordering::Relaxed);
+        heap.free_run(self, block.start..clean, false);
+        heap.free_run(self, clean..block.end, true);
+        self.scrubbing
+            .fetch_sub(block.end - block.start, Ordering::Relaxed);
         true
     }
 

@@ -175,14 +175,34 @@ fn what_a_domain_leaves_is_not_seen_by_the_next() {
     t.release(f, 64, Owner::Guest(1)).unwrap();
     assert_eq!(t.dirty_frames(), 64);
     // Half of it by idle time, half by the allocation itself.
-    assert!(t.scrub(order(5)));
+    assert!(t.scrub(order(5), || true));
     assert_eq!(t.dirty_frames(), 32);
     t.check();
     for _ in 0..2 {
         let b = t.alloc(order(5), Owner::Guest(2)).unwrap();
         assert!((0..32).all(|i| machine.is_zero(m(b.get() + i))));
     }
-    assert!(!t.scrub(order(5)));
+    assert!(!t.scrub(order(5), || true));
+}
+
+#[test]
+fn scrubbing_stops_when_it_is_told_to_and_keeps_what_it_did() {
+    let (machine, t) = table(&[0..64], &[]);
+    let f = t.alloc(order(4), Owner::Guest(1)).unwrap();
+    (0..16).for_each(|i| machine.fill(m(f.get() + i), 0xaa));
+    t.release(f, 16, Owner::Guest(1)).unwrap();
+    let mut asked = 0;
+    assert!(t.scrub(order(4), || {
+        asked += 1;
+        assert_eq!((t.free_frames(), t.dirty_frames()), (64, 16));
+        asked < 3
+    }));
+    assert_eq!((t.free_frames(), t.dirty_frames()), (64, 13));
+    assert!((0..16).all(|i| machine.is_zero(m(f.get() + i)) == (i < 3)));
+    t.check();
+    while t.scrub(order(4), || false) {}
+    assert_eq!(t.dirty_frames(), 0);
+    t.check();
 }
 
 #[test]
@@ -195,7 +215,7 @@ fn scrubbing_joins_the_blocks_again() {
     all.iter()
         .for_each(|f| t.release(*f, 1, Owner::Guest(1)).unwrap());
     assert_eq!(t.alloc(order(12), Owner::Guest(2)), Err(Exhausted));
-    while t.scrub(order(3)) {
+    while t.scrub(order(3), || true) {
         t.check();
     }
     assert_eq!(t.alloc(order(12), Owner::Guest(2)), Ok(m(0)));
@@ -221,7 +241,7 @@ fn what_is_being_scrubbed_counts_as_free_and_can_be_had() {
         }
         s.spawn(|| {
             for _ in 0..3000 {
-                t.scrub(order(6));
+                t.scrub(order(6), || true);
             }
         });
     });
@@ -334,7 +354,7 @@ proptest! {
                     let f = refs.swap_remove(i % refs.len());
                     t.put_ref(m(f));
                 }
-                Op::Scrub(o) => { t.scrub(order(o)); }
+                Op::Scrub(o) => { t.scrub(order(o), || true); }
                 _ => {}
             }
             t.check();
@@ -353,7 +373,7 @@ proptest! {
         for (f, n, who) in owned {
             t.release(m(f), n, who).unwrap();
         }
-        while t.scrub(order(9)) {}
+        while t.scrub(order(9), || true) {}
         prop_assert_eq!(t.free_frames(), total);
         prop_assert_eq!(t.check(), blocks, "the blocks did not join again");
     }

@@ -4,6 +4,7 @@
 
 use std::borrow::Borrow;
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
@@ -11,7 +12,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 
 use super::machine::{self, Line};
-use super::{BOOT_TARGET, Both, Table};
+use super::{BOOT_TARGET, Both, Table, profile};
 use crate::run::Hypervisor;
 use crate::{paths, sh, toolstack};
 
@@ -62,13 +63,13 @@ const SILENCE: Duration = Duration::from_secs(500);
 
 /// Instructions of one way.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Way {
+pub struct Way {
     /// All.
-    all: u64,
+    pub all: u64,
     /// The hypervisor's.
-    own: u64,
+    pub own: u64,
     /// Entries into guests.
-    entries: u64,
+    pub entries: u64,
 }
 
 /// Both ways.
@@ -157,7 +158,39 @@ fn to_dom0(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Way> {
 
 /// From `xl create` to the guest's first instruction.
 fn to_guest(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<(Way, Option<u64>)> {
-    let name = format!("create-{name}");
+    let (text, flushes) = created(&format!("create-{name}"), hypervisor, guest, None)?;
+    let hits: Vec<Hit> = text.lines().filter_map(Hit::parse).collect();
+    let ways = ways(&hits, CREATE);
+    ensure!(
+        ways.len() == GUESTS,
+        "{name}: the counter has seen {hits:?}"
+    );
+    let least = ways.into_iter().min_by_key(|way| way.all);
+    Ok((least.context("no guest")?, flushes))
+}
+
+/// Prints in which of the hypervisor's functions the instructions of the last `xl create` are.
+pub fn profile_create(hypervisor: &Hypervisor, guest: &Path) -> Result<()> {
+    let symbols = profile::Symbols::of_hypervisor()?;
+    let code = symbols.range().context("the hypervisor has no code")?;
+    let (text, _) = created("create-profile", hypervisor, guest, Some(code))?;
+    let lines: Vec<&str> = text.lines().collect();
+    let start = lines.iter().rposition(|l| l.starts_with(CREATE));
+    let steps = lines[start.context("the counter has seen no guest made")? + 1..]
+        .iter()
+        .map_while(|line| line.strip_prefix('@')?.split_once(' '))
+        .filter_map(|(at, n)| Some((u64::from_str_radix(at, 16).ok()?, n.parse().ok()?)));
+    symbols.print(steps, 1);
+    Ok(())
+}
+
+/// What the counter writes while guests are created, and the TLB flushes of one.
+fn created(
+    name: &str,
+    hypervisor: &Hypervisor,
+    guest: &Path,
+    code: Option<Range<u64>>,
+) -> Result<(String, Option<u64>)> {
     let bench = fs::read(guest)?;
     let (program, place) = marker();
     let dom0 = machine::ramdisk(
@@ -172,34 +205,32 @@ fn to_guest(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<(Way, O
     let contents = hypervisor.contents(OPTIONS, &cmdline, &dom0.kernel, Some(&dom0.initrd));
     let marks = [(CREATE, place), (GUEST, entry_of(guest)?)];
     let mut flushes = None;
-    let hits = counted(&name, &contents, &marks, |line| {
+    let text = counter(name, &contents, &marks, code, |line| {
         let counted = line.trim().strip_prefix("MICRO-FLUSHES ");
         if let Some(n) = counted.and_then(|n| n.parse().ok()) {
             flushes = Some(flushes.map_or(n, |least: u64| least.min(n)));
         }
         line.contains("MICRO-DONE")
     })?;
-    let ways = ways(&hits, CREATE);
-    ensure!(
-        ways.len() == GUESTS,
-        "{name}: the counter has seen {hits:?}"
-    );
-    let least = ways.into_iter().min_by_key(|way| way.all);
-    Ok((least.context("no guest")?, flushes))
+    Ok((text, flushes))
 }
 
-/// Boots `contents` with the counter until a line is the `last`: what it has seen.
-fn counted(
+/// Boots `contents` with the counter until a line is the `last`: what it has written.
+fn counter(
     name: &str,
     contents: &crate::esp::Contents,
     marks: &[(&str, Place)],
+    code: Option<Range<u64>>,
     mut last: impl FnMut(&str) -> bool,
-) -> Result<Vec<Hit>> {
+) -> Result<String> {
     let step = sh::Step::start(format!("counting instructions: {name}"));
     let out = paths::out().join(format!("bench-{name}.count"));
     let mut plugin = format!("file={},out={}", plugin()?.display(), out.display());
     for (name, place) in marks {
         plugin.push_str(&format!(",mark={name}:{place}"));
+    }
+    if let Some(code) = code {
+        plugin.push_str(&format!(",code={:x}:{:x}", code.start, code.end));
     }
     let extra = ["-plugin".to_owned(), plugin];
     let line = |line: &str| match last(line) {
@@ -210,7 +241,29 @@ fn counted(
     let text = fs::read_to_string(&out)
         .with_context(|| format!("the counter has not written {}", out.display()))?;
     step.done();
+    Ok(text)
+}
+
+/// The same, and the places that it has seen.
+fn counted(
+    name: &str,
+    contents: &crate::esp::Contents,
+    marks: &[(&str, Place)],
+    last: impl FnMut(&str) -> bool,
+) -> Result<Vec<Hit>> {
+    let text = counter(name, contents, marks, None, last)?;
     Ok(text.lines().filter_map(Hit::parse).collect())
+}
+
+/// Boots `contents`, in which [`marker`] is executed before and after what is to be counted, until a line is
+/// the `last`: what each was.
+pub fn between_markers(
+    name: &str,
+    contents: &crate::esp::Contents,
+    last: impl FnMut(&str) -> bool,
+) -> Result<Vec<Way>> {
+    let hits = counted(name, contents, &[(CREATE, marker().1)], last)?;
+    Ok(hits.chunks_exact(2).map(|two| two[0].to(&two[1])).collect())
 }
 
 /// Builds the plugin.
@@ -229,7 +282,7 @@ fn plugin() -> Result<PathBuf> {
 
 /// A place in the code, as the counter has it: the offset in its page, and the bytes there.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Place {
+pub struct Place {
     offset: u64,
     bytes: Vec<u8>,
 }
@@ -274,17 +327,22 @@ impl Hit {
         };
         Some(Self { name, at })
     }
+
+    /// The way from here.
+    fn to(&self, end: &Self) -> Way {
+        Way {
+            all: end.at.all - self.at.all,
+            own: end.at.own - self.at.own,
+            entries: end.at.entries - self.at.entries,
+        }
+    }
 }
 
 /// The ways from `start` to the next guest's first instruction.
 fn ways(hits: &[Hit], start: &str) -> Vec<Way> {
     hits.windows(2)
         .filter(|two| two[0].name == start && two[1].name == GUEST)
-        .map(|two| Way {
-            all: two[1].at.all - two[0].at.all,
-            own: two[1].at.own - two[0].at.own,
-            entries: two[1].at.entries - two[0].at.entries,
-        })
+        .map(|two| two[0].to(&two[1]))
         .collect()
 }
 
@@ -332,7 +390,7 @@ fn pe_entry(file: &[u8]) -> Option<Place> {
 }
 
 /// A program for Linux that does nothing but be told from others, and the place to watch for.
-fn marker() -> (Vec<u8>, Place) {
+pub fn marker() -> (Vec<u8>, Place) {
     const BASE: u64 = 0x40_0000;
     const HEADERS: u64 = 64 + 56;
     // movabs rax, imm64; xor edi, edi; mov eax, 60 (exit); syscall

@@ -1,12 +1,15 @@
-//! In which functions the instructions of an operation are: a trace by Bochs' debugger, counted.
+//! In which functions the instructions of an operation are: a trace by Bochs' debugger, or what the counter for
+//! QEMU counts, put to the hypervisor's symbols.
 //!
-//! The micro-guest repeats the operation for ever, once it has said by `xchg bx, bx` that it is at rest. What
+//! In Bochs the micro-guest repeats the operation for ever, once it has said by `xchg bx, bx` that it is at rest. What
 //! comes between two VM entries in the middle of the trace is attributed to the hypervisor's symbols. What
 //! the compiler has put in line counts for the function that it is in, so the instructions of the last rounds are
 //! printed as well.
 
+use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::process::Command;
 
@@ -48,11 +51,18 @@ fn step(line: &str) -> Option<Step<'_>> {
 
 /// The hypervisor's symbols by address.
 #[derive(Debug, Default)]
-struct Symbols {
+pub struct Symbols {
     sorted: Vec<(u64, String)>,
 }
 
 impl Symbols {
+    /// Of the image that was built last.
+    pub fn of_hypervisor() -> Result<Self> {
+        let image = bare::hypervisor_image()?;
+        let nm = sh::output(Command::new("nm").args(["-C", "-n"]).arg(image))?;
+        Ok(Self::parse(&nm))
+    }
+
     /// From `nm -C -n`.
     fn parse(text: &str) -> Self {
         let sorted = text
@@ -75,14 +85,33 @@ impl Symbols {
             None => "guest",
         }
     }
+
+    /// Where there is code.
+    pub fn range(&self) -> Option<Range<u64>> {
+        // Nothing says where the last function ends.
+        Some(self.sorted.first()?.0..self.sorted.last()?.0 + 0x1000)
+    }
+
+    /// Prints how many instructions each function has of those that were executed at these addresses so often,
+    /// for each of `entries`.
+    pub fn print(&self, steps: impl Iterator<Item = (u64, u64)>, entries: usize) {
+        let mut counts: HashMap<&str, u64> = HashMap::new();
+        for (at, n) in steps {
+            *counts.entry(self.name(at)).or_default() += n;
+        }
+        let mut counts: Vec<_> = counts.into_iter().collect();
+        counts.sort_by_key(|(name, n)| (Reverse(*n), *name));
+        let each = |n: u64| n as f64 / entries as f64;
+        println!("{:11.1} in all", each(counts.iter().map(|(_, n)| n).sum()));
+        for (name, n) in counts.iter().take(40) {
+            println!("{:11.1} {name}", each(*n));
+        }
+    }
 }
 
 /// Prints the profile of a trace, and writes its end beside it with functions' names.
 pub fn print(trace: &Path) -> Result<()> {
-    let image = bare::hypervisor_image()?;
-    let symbols = Symbols::parse(&sh::output(
-        Command::new("nm").args(["-C", "-n"]).arg(image),
-    )?);
+    let symbols = Symbols::of_hypervisor()?;
     let text = fs::read(trace)?;
     let text = String::from_utf8_lossy(&text);
     let steps: Vec<Step<'_>> = text.lines().filter_map(step).collect();
@@ -92,20 +121,8 @@ pub fn print(trace: &Path) -> Result<()> {
 
     let entries = steps.iter().filter(|s| is_entry(s.text)).count();
     ensure!(entries > 0, "no VM entry in the trace");
-    let mut counts: HashMap<&str, usize> = HashMap::new();
-    for s in steps {
-        *counts.entry(symbols.name(s.rip)).or_default() += 1;
-    }
-    let mut counts: Vec<_> = counts.into_iter().collect();
-    counts.sort_by_key(|(name, n)| (std::cmp::Reverse(*n), *name));
-    let each = |n: usize| n as f64 / entries as f64;
-    println!(
-        "{:9.1} instructions for each of {entries} entries",
-        each(steps.len())
-    );
-    for (name, n) in counts.iter().take(40) {
-        println!("{:9.1} {name}", each(*n));
-    }
+    println!("{entries} entries; of each:");
+    symbols.print(steps.iter().map(|s| (s.rip, 1)), entries);
 
     let mut read = String::new();
     let mut last = "";
