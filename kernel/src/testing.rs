@@ -174,6 +174,12 @@ impl World {
         self.dom(dom).vcpu(vcpu).expect("a vCPU")
     }
 
+    /// Where the `vcpu_info` of a vCPU is: frame and offset.
+    pub fn info(&self, dom: u16, vcpu: u32) -> (Mfn, usize) {
+        let at = self.vcpu(dom, vcpu).info().expect("a vcpu_info").mpa();
+        (at.frame(), at.offset())
+    }
+
     /// The frame behind a guest frame.
     pub fn mfn(&self, dom: u16, gfn: u64) -> Mfn {
         self.dom(dom).p2m.lookup(Gfn::new_truncate(gfn)).mfn

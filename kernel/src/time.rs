@@ -7,7 +7,9 @@
 
 use core::sync::atomic::{AtomicU64, Ordering, fence};
 
-use galvan_base::{Mfn, Platform, direct};
+use galvan_base::Platform;
+use galvan_base::direct::Piece;
+use galvan_base::hw::MemFault;
 use galvan_dom0_proto::vcpu::{
     RUNSTATE_BLOCKED, RUNSTATE_OFFLINE, RUNSTATE_RUNNABLE, RUNSTATE_RUNNING, VcpuRunstateInfo,
     XEN_RUNSTATE_UPDATE,
@@ -104,35 +106,28 @@ fn time_info(hv: Hv, tsc_offset: u64) -> VcpuTimeInfo {
 /// Writes the time information into the `vcpu_info` of the vCPU that runs here, by its version
 /// protocol: odd while it changes.
 pub fn write_vcpu_time(cx: &mut Cx<'_>) {
-    let Some((m, off)) = cx.vcpu.info() else {
+    let Some(info) = cx.vcpu.info() else {
         return;
     };
-    let _ = write_time(
-        cx.hv.hw,
-        m,
-        off + TIME_OFFSET,
-        &time_info(cx.hv, cx.st.tsc_offset),
-    );
+    let _ = write_time(cx.hv.hw, info, &time_info(cx.hv, cx.st.tsc_offset));
     if cx.st.time_area != 0 {
         write_time_area(cx);
     }
 }
 
-fn write_time(
-    hw: &dyn Platform,
-    m: Mfn,
-    at: usize,
-    t: &VcpuTimeInfo,
-) -> Result<(), galvan_base::hw::MemFault> {
-    let version = direct::load_u32(hw, m, at)? | 1;
-    direct::store_u32(hw, m, at, version)?;
+fn write_time(hw: &dyn Platform, info: Piece, t: &VcpuTimeInfo) -> Result<(), MemFault> {
+    // With its padding it is a word, as are those behind it.
+    let version = info.word(TIME_OFFSET);
+    let odd = version.load(hw)? as u32 | 1;
+    version.store(hw, odd.into())?;
     // What follows must not be seen without it.
     fence(Ordering::Release);
-    // Behind the version and its padding.
-    if let Some(rest) = t.as_bytes().get(8..) {
-        direct::write(hw, m, at + 8, rest)?;
+    let words = t.as_bytes().as_chunks::<8>().0;
+    for (n, word) in words.iter().enumerate().skip(1) {
+        info.word(TIME_OFFSET + n * 8)
+            .store(hw, u64::from_le_bytes(*word))?;
     }
-    direct::store_u32(hw, m, at, version.wrapping_add(1))
+    version.store(hw, odd.wrapping_add(1).into())
 }
 
 /// Writes the secondary time area, at a virtual address. A guest that has unmapped it gets nothing.
@@ -309,10 +304,10 @@ mod tests {
         let v = w.domains[0].vcpu(0).unwrap();
         w.with_cx(0, 0, |cx| scheduled_in(cx, 1));
         // Where the kernel looks before it has registered an area of its own.
-        let (m, off) = v.info().unwrap();
+        let info = v.info().unwrap().mpa();
         let mut t = VcpuTimeInfo::new_zeroed();
         w.machine
-            .read(m, off + TIME_OFFSET, t.as_mut_bytes())
+            .read(info.frame(), info.offset() + TIME_OFFSET, t.as_mut_bytes())
             .unwrap();
         assert_ne!(t.tsc_to_system_mul, 0);
         assert!(t.version != 0 && t.version.is_multiple_of(2));

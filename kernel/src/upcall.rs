@@ -2,16 +2,21 @@
 //! next entry.
 
 use alloc::sync::Arc;
+use core::mem::offset_of;
 use core::sync::atomic::Ordering;
 
-use galvan_base::direct;
 use galvan_base::hw::{Lent, Shown, VirtualApic, Window};
 use galvan_base::state::{Event, RFLAGS_IF};
 use galvan_devices::vlapic::{Mode, Vlapic};
+use galvan_dom0_proto::xen::VcpuInfo;
 
 use crate::guest_access::Cx;
 use crate::hv::Hv;
 use crate::vcpu::{Vcpu, VcpuState};
+
+const PENDING: usize = offset_of!(VcpuInfo, evtchn_upcall_pending);
+// Its word is looked at.
+const _: () = assert!(PENDING == 0);
 
 /// An event of this vCPU has become pending: sets `evtchn_upcall_pending` and, if it was clear,
 /// raises the upcall.
@@ -24,9 +29,8 @@ pub fn mark_pending(hv: Hv, v: &Arc<Vcpu>) {
 /// Sets `evtchn_upcall_pending`; true if it was clear, and the upcall is to be raised.
 #[inline]
 pub fn set_pending(hv: Hv, v: &Vcpu) -> bool {
-    // It is the first byte of `vcpu_info`.
     v.info()
-        .is_some_and(|(m, off)| direct::swap_u8(hv.hw, m, off, 1) == Ok(0))
+        .is_some_and(|info| info.swap_u8(hv.hw, PENDING, 1) == Ok(0))
 }
 
 /// [`raise`] for the vCPU that runs here: nothing need be posted, nor anybody be told. The next entry must look
@@ -52,8 +56,8 @@ pub fn raise(hv: Hv, v: &Arc<Vcpu>) {
 /// it. A local APIC that is disabled by software drops the vector, while `evtchn_upcall_pending`
 /// stays set, so that no later event would raise it again.
 pub fn recheck(hv: Hv, v: &Arc<Vcpu>) {
-    if let Some((m, off)) = v.info()
-        && hv.hw.load_u32(m, off & !3).is_ok_and(|w| w & 0xff != 0)
+    if let Some(info) = v.info()
+        && info.word(PENDING).load(hv.hw).is_ok_and(|w| w & 0xff != 0)
     {
         raise(hv, v);
     }

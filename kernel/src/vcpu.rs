@@ -14,11 +14,12 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::fmt;
 
+use galvan_base::direct::{MovingPiece, Piece};
 use galvan_base::hw::{HwVcpu, Posting, VcpuConfig, VirtualApic};
 use galvan_base::state::{ArchState, Gprs};
 use galvan_base::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use galvan_base::sync::{RankedLock, rank};
-use galvan_base::{Mfn, PAGE_SIZE};
+use galvan_base::Mpa;
 use galvan_devices::vlapic::{self, Vlapic};
 
 use galvan_dom0_proto::errno::Errno;
@@ -86,8 +87,8 @@ pub struct Vcpu {
     direct: Option<Arc<dyn Posting>>,
     /// It is, and does.
     direct_open: AtomicBool,
-    /// Machine address of its `vcpu_info`: frame << 12 | offset.
-    info: AtomicU64,
+    /// Where its `vcpu_info` is.
+    info: MovingPiece,
     /// Local APIC vector for event-channel upcalls, 0 if the guest uses none.
     pub upcall_vector: AtomicU32,
     /// The port SCHEDOP_poll waits for: 0 none, otherwise port + 1; `u32::MAX` any of several.
@@ -208,11 +209,8 @@ impl Vcpu {
         timer: TimerSlot,
         apic_id: u32,
     ) -> Vcpu {
-        let info = if id < 32 {
-            (d.shared_info.get() << 12) | u64::from(id) * 64
-        } else {
-            0
-        };
+        let in_shared_info = d.shared_info.addr().get() + u64::from(id) * Piece::LEN as u64;
+        let info = (id < 32).then(|| Mpa::new_truncate(in_shared_info));
         let lapic = Vlapic::new(vlapic::Config {
             id: apic_id,
             bsp: id == 0,
@@ -231,7 +229,7 @@ impl Vcpu {
             posted_any: AtomicU32::new(0),
             direct: hw.posting(),
             direct_open: AtomicBool::new(false),
-            info: AtomicU64::new(info),
+            info: MovingPiece::new(info),
             upcall_vector: AtomicU32::new(0),
             poll_port: AtomicU32::new(0),
             unit,
@@ -413,19 +411,17 @@ impl Vcpu {
         self.unblock(hv, block::DOWN | block::HALTED);
     }
 
-    /// Where its `vcpu_info` is: frame and offset; `None` if it has none yet.
-    pub fn info(&self) -> Option<(Mfn, usize)> {
-        match self.info.load(Ordering::Acquire) {
-            0 => None,
-            a => Some((Mfn::new_truncate(a >> 12), a as usize & (PAGE_SIZE - 1))),
-        }
+    /// Its `vcpu_info`; `None` if it has none yet.
+    #[inline(always)]
+    pub fn info(&self) -> Option<Piece> {
+        self.info.get()
     }
 
-    /// Moves its `vcpu_info` into a page of the guest, which is held from here on.
+    /// Moves its `vcpu_info` into a page of the guest, which is held from here on. The offset is a multiple of 8.
     pub fn register_info(&self, page: PageRef, offset: usize) {
-        let at = page.mfn().get() << 12 | offset as u64 & 0xfff;
+        let at = Mpa::new_truncate(page.mfn().addr().get() + offset as u64);
         *self.info_page.lock() = Some(page);
-        self.info.store(at, Ordering::Release);
+        self.info.set(Some(at));
     }
 
     /// Whether its `vcpu_info` has been moved.
@@ -435,7 +431,7 @@ impl Vcpu {
 
     /// Lets go of the guest's page with its `vcpu_info`; the vCPU never runs again.
     pub fn forget_info(&self) {
-        self.info.store(0, Ordering::Release);
+        self.info.set(None);
         *self.info_page.lock() = None;
     }
 

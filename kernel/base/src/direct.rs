@@ -13,6 +13,7 @@
 )]
 
 use core::cell::Cell;
+use core::num::NonZeroU64;
 use core::ptr::{null_mut, with_exposed_provenance};
 use core::sync::atomic::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
@@ -277,6 +278,85 @@ impl KnownPage {
     }
 }
 
+/// Where a [`Piece`] is, which may move while others look for it.
+///
+/// 0: nowhere; odd: at that physical address less 1, out of the window; even: mapped at this address.
+#[derive(Debug)]
+pub struct MovingPiece(AtomicU64);
+
+impl MovingPiece {
+    /// At this address, or nowhere.
+    pub fn new(at: Option<Mpa>) -> MovingPiece {
+        let piece = MovingPiece(AtomicU64::new(0));
+        piece.set(at);
+        piece
+    }
+
+    /// Moves it. One that does not begin at a multiple of 8, or not end in its frame, is nowhere.
+    pub fn set(&self, at: Option<Mpa>) {
+        let fits = |at: &Mpa| at.offset().is_multiple_of(8) && at.offset() <= PAGE_SIZE - Piece::LEN;
+        let mapped = |at: Mpa| {
+            let words = place::<AtomicU64>(at.frame(), at.offset());
+            words.map_or(at.get() | 1, |w| w.addr() as u64)
+        };
+        let v = at.filter(fits).map_or(0, mapped);
+        self.0.store(v, Ordering::Release);
+    }
+
+    /// Where it is now.
+    #[inline(always)]
+    pub fn get(&self) -> Option<Piece> {
+        NonZeroU64::new(self.0.load(Ordering::Acquire)).map(Piece)
+    }
+}
+
+/// [`Piece::LEN`] bytes of a frame, at a multiple of 8, that are read and written again and again.
+#[derive(Clone, Copy, Debug)]
+pub struct Piece(NonZeroU64);
+
+impl Piece {
+    /// Its bytes.
+    pub const LEN: usize = 64;
+
+    /// Its address.
+    pub fn mpa(&self) -> Mpa {
+        let v = self.0.get();
+        let physical = match v & 1 {
+            0 => v - BASE.load(Ordering::Relaxed) as u64,
+            _ => v - 1,
+        };
+        Mpa::new_truncate(physical)
+    }
+
+    /// A value in it where it is mapped; `T` is an atomic integer.
+    #[inline(always)]
+    fn mapped<T>(&self, off: usize) -> Option<*const T> {
+        let fits = off < Self::LEN && off.is_multiple_of(size_of::<T>());
+        (fits && self.0.get() & 1 == 0)
+            .then(|| with_exposed_provenance(self.0.get() as usize + off))
+    }
+
+    /// The word at this offset, which is a multiple of 8 below [`Piece::LEN`].
+    #[inline(always)]
+    pub fn word(&self, off: usize) -> KnownWord {
+        KnownWord {
+            at: Mpa::new_truncate(self.mpa().get() + off as u64),
+            // SAFETY: an aligned word of a piece that `MovingPiece::set` has found in the window.
+            cell: self.mapped(off).map(|p| unsafe { &*p }),
+        }
+    }
+
+    /// [`HostMem::swap_u8`] for a byte below [`Piece::LEN`].
+    #[inline(always)]
+    pub fn swap_u8<M: HostMem + ?Sized>(&self, mem: &M, off: usize, v: u8) -> Result<u8, MemFault> {
+        match self.mapped::<AtomicU8>(off) {
+            // SAFETY: as in `word`.
+            Some(p) => Ok(unsafe { &*p }.swap(v, Ordering::SeqCst)),
+            None => mem.swap_u8(self.mpa().frame(), self.mpa().offset() + off, v),
+        }
+    }
+}
+
 /// The aligned words of `len` bytes at an offset of a frame in the window.
 #[inline(always)]
 fn words(m: Mfn, off: usize, len: usize) -> Option<&'static [AtomicU64]> {
@@ -411,6 +491,23 @@ mod tests {
             assert!(page.read(&mem, 4094, &mut quarter).is_err());
             assert!(page.write(&mem, 4088, &b).is_err());
             assert_eq!(page.mfn(), mfn);
+        }
+        // Pieces that move.
+        let moving = MovingPiece::new(None);
+        assert!(moving.get().is_none());
+        let at = |n: u64, off: u64| Mpa::new_truncate((FIRST + n) * 4096 + off);
+        // In the window, and beyond it.
+        for at in [at(1, 128), at(2, 4032)] {
+            moving.set(Some(at));
+            let piece = moving.get().unwrap();
+            assert_eq!(piece.mpa(), at);
+            piece.word(24).store(&mem, 0x0102).unwrap();
+            assert_eq!(piece.swap_u8(&mem, 25, 9), Ok(1));
+            assert_eq!(load_u64(&mem, at.frame(), at.offset() + 24), Ok(0x0902));
+        }
+        for nowhere in [Some(at(1, 4040)), Some(at(1, 4)), None] {
+            moving.set(nowhere);
+            assert!(moving.get().is_none());
         }
         assert!(load_u64(&mem, mfn(0), 4096).is_err());
         assert!(load_u64(&mem, mfn(0), 4).is_err());

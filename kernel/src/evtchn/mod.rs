@@ -201,7 +201,7 @@ fn deliver(hv: Hv, d: &Domain, port: u32, own: Option<&Arc<Vcpu>>) -> bool {
 }
 
 /// Tells vCPUs what has been raised, but for `own`: true if that is to be told.
-#[inline]
+#[inline(always)]
 fn announce(hv: Hv, d: &Domain, port: u32, r: Raised, own: Option<&Arc<Vcpu>>) -> bool {
     let mut told = false;
     if let Some(v) = r.tell.and_then(|id| d.vcpu(id)) {

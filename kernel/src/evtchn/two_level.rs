@@ -56,11 +56,11 @@ pub(super) fn unmask(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> Rai
 /// Marks the word of a port for a vCPU's attention; true if it was not marked.
 fn select(mem: &dyn HostMem, d: &Domain, port: u32, vcpu: u32) -> bool {
     // A vCPU that has no vcpu_info looks at everything when it gets one.
-    let Some((m, off)) = d.vcpu(vcpu).and_then(|v| v.info()) else {
+    let Some(info) = d.vcpu(vcpu).and_then(|v| v.info()) else {
         return false;
     };
     let bit = 1 << (port % PORTS / 64);
-    direct::or_u64(mem, m, off + SEL, bit).is_ok_and(|w| w & bit == 0)
+    info.word(SEL).or(mem, bit).is_ok_and(|w| w & bit == 0)
 }
 
 /// Whether a port is pending.

@@ -4,6 +4,7 @@ use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
 use galvan_base::PAGE_SIZE;
+use galvan_base::direct::Piece;
 use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::vcpu::*;
 use galvan_dom0_proto::xen::{
@@ -159,7 +160,7 @@ fn register_vcpu_info(
     v: &Arc<Vcpu>,
     a: &VcpuRegisterVcpuInfo,
 ) -> Result<(), Errno> {
-    const SIZE: usize = 64;
+    const SIZE: usize = Piece::LEN;
     let offset = a.offset as usize;
     if offset > PAGE_SIZE - SIZE || offset % 8 != 0 {
         return Err(Errno::ENXIO);
@@ -176,7 +177,10 @@ fn register_vcpu_info(
     let hw = cx.hv.hw;
     let mut old = [0u8; SIZE];
     match v.info() {
-        Some((from, at)) => hw.read(from, at, &mut old).map_err(|_| Errno::EFAULT)?,
+        Some(from) => {
+            let from = from.mpa();
+            hw.read(from.frame(), from.offset(), &mut old).map_err(|_| Errno::EFAULT)?
+        }
         // There was none: everything is masked until the guest says otherwise.
         None => old[1] = 1,
     }

@@ -101,7 +101,7 @@ impl Consumer {
     pub(super) fn new(w: &World, dom: u16, vcpu: u32) -> Self {
         Consumer {
             vcpu,
-            info: w.vcpu(dom, vcpu).info().unwrap(),
+            info: w.info(dom, vcpu),
             ready: 0,
             heads: [0; 16],
             phase: Phase::Sleeping,
@@ -299,7 +299,7 @@ fn a_masked_event_waits_off_the_queue_until_it_is_unmasked() {
     f.mask(far);
     send(w.hv, w.dom(0), near).unwrap();
     assert_eq!(f.load(far).0, EventWord::PENDING | EventWord::MASKED);
-    assert_eq!(w.read::<u8>(w.vcpu(1, 0).info().unwrap().0, 0), 0);
+    assert_eq!(w.read::<u8>(w.info(1, 0).0, 0), 0);
     assert!(f.clear_masked(far));
     guest(&w, 1).unmask(far).unwrap();
     let mut got = Vec::new();

@@ -169,7 +169,7 @@ impl Guest<'_> {
     /// 2-level: the guest takes all that is pending; gives upcall flag, selectors, ports.
     fn take(&self, vcpu: u32) -> (u8, u64, std::vec::Vec<u32>) {
         let hw = self.w.hv.hw;
-        let (m, off) = self.w.vcpu(self.dom, vcpu).info().unwrap();
+        let (m, off) = self.w.info(self.dom, vcpu);
         let flag = hw.swap_u8(m, off, 0).unwrap();
         let sel = hw.and_u64(m, off + 8, 0).unwrap();
         let mut ports = std::vec::Vec::new();
