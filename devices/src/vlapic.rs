@@ -618,7 +618,7 @@ impl Vlapic {
     }
 
     /// IA32_APIC_BASE.
-    fn apic_base(&self) -> u64 {
+    pub fn apic_base(&self) -> u64 {
         let bsp = if self.cfg.bsp { BASE_BSP } else { 0 };
         let mode = match self.mode {
             Mode::Disabled => 0,

@@ -47,7 +47,7 @@ const fn op(name: &'static str, what: &'static str, target: u64) -> Operation {
 }
 
 const OPERATIONS: &[Operation] = &[
-    op("cpuid", "CPUID", 250),
+    op("cpuid", "CPUID (leaf 0)", 250),
     op("null", "null hypercall (XENVER_version)", 250),
     op("unknown", "unknown hypercall", 0),
     op("rdmsr", "RDMSR that exits (APIC base)", 250),
@@ -467,7 +467,7 @@ mod tests {
         assert_eq!(table.met, 1);
         assert!(table.targets > 10);
         let text = &table.text;
-        assert!(text.contains("| CPUID | 250 | 500 | 0.50 | 250 | met | 1 | 0 |"));
+        assert!(text.contains("| CPUID (leaf 0) | 250 | 500 | 0.50 | 250 | met | 1 | 0 |"));
         assert!(text.contains("| 251 | - | - | 250 | missed | - | - |"));
         assert!(text.contains("| unclaimed port read | - | - | - | 400 | missed | - | - |"));
     }

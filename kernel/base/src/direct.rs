@@ -182,6 +182,53 @@ pub fn all_equal<M: HostMem + ?Sized>(mem: &M, words: &[Cell<(KnownWord, u64)>])
     }
 }
 
+/// Four bytes of a frame, at any offset, that are looked at again and again.
+#[derive(Clone, Copy, Debug)]
+pub struct KnownBytes {
+    at: Mpa,
+    /// Where they are mapped; 0 if they are not.
+    mapped: usize,
+}
+
+impl KnownBytes {
+    /// The most that there is place for behind an offset.
+    pub const LAST: usize = PAGE_SIZE - size_of::<u32>();
+
+    /// Those at this address, of which the offset is at most [`KnownBytes::LAST`]; whether they are RAM is found
+    /// out here.
+    pub fn new(at: Mpa) -> KnownBytes {
+        let mapped = place::<AtomicU8>(at.frame(), at.offset());
+        KnownBytes {
+            at,
+            mapped: mapped
+                .filter(|_| at.offset() <= Self::LAST)
+                .map_or(0, |p| p.addr()),
+        }
+    }
+
+    /// [`HostMem::read`]
+    #[inline(always)]
+    pub fn load<M: HostMem + ?Sized>(&self, mem: &M) -> Result<u32, MemFault> {
+        if self.mapped == 0 {
+            let mut b = [0; 4];
+            mem.read(self.at.frame(), self.at.offset(), &mut b)?;
+            return Ok(u32::from_le_bytes(b));
+        }
+        let v: u32;
+        // SAFETY: four bytes of a frame of the window, which is mapped RAM for ever. There is no atomic for
+        // an address that is not aligned; the processor reads what is there, at worst in two pieces.
+        unsafe {
+            core::arch::asm!(
+                "mov {v:e}, dword ptr [{p}]",
+                v = lateout(reg) v,
+                p = in(reg) self.mapped,
+                options(nostack, preserves_flags, readonly)
+            );
+        }
+        Ok(v)
+    }
+}
+
 /// A frame of which short pieces are read and written again and again.
 #[derive(Clone, Copy, Debug)]
 pub struct KnownPage {
@@ -491,6 +538,18 @@ mod tests {
             assert!(page.read(&mem, 4094, &mut quarter).is_err());
             assert!(page.write(&mem, 4088, &b).is_err());
             assert_eq!(page.mfn(), mfn);
+        }
+        // At offsets that are no multiples of anything.
+        store_u64(&mem, mfn(1), 4088, 0x0807_0605_0403_0201).unwrap();
+        mem.store_u64(mfn(2), 4088, 0x1817_1615_1413_1211).unwrap();
+        for (n, high) in [(1, 0), (2, 0x1010_1010)] {
+            for off in 0..5 {
+                let at = Mpa::new_truncate((FIRST + n) * 4096 + 4088 + off);
+                let v = 0x0403_0201 + off as u32 * 0x0101_0101 + high;
+                assert_eq!(KnownBytes::new(at).load(&mem), Ok(v));
+            }
+            let over = Mpa::new_truncate((FIRST + n) * 4096 + 4093);
+            assert!(KnownBytes::new(over).load(&mem).is_err());
         }
         // Pieces that move.
         let moving = MovingPiece::new(None);

@@ -10,7 +10,7 @@ use core::sync::atomic::Ordering;
 use galvan_base::hw::{Platform, VirtualApic};
 use galvan_devices::interrupt::DeliveryMode;
 use galvan_devices::vlapic::{
-    self, ApicAddress, Deadline, Effect, Gp, Ipi, MMIO_BASE, MSR_APIC_BASE, MSR_X2APIC, Mode, Now, Shorthand,
+    self, ApicAddress, Deadline, Effect, Gp, Ipi, MMIO_BASE, MSR_X2APIC, Mode, Now, Shorthand,
 };
 
 use crate::guest_access::Cx;
@@ -34,11 +34,8 @@ fn now(hw: &dyn Platform, tsc_offset: u64) -> Now {
 /// RDMSR of the APIC's registers.
 pub fn rdmsr(cx: &mut Cx<'_>, index: u32) -> Result<u64, Gp> {
     let st = &mut *cx.st;
-    // Neither the interrupts in service nor the priority are in it.
-    if index != MSR_APIC_BASE {
-        crate::upcall::take_back(st);
-        st.lapic.set_cr8(st.hw.tpr());
-    }
+    crate::upcall::take_back(st);
+    st.lapic.set_cr8(st.hw.tpr());
     let (hw, offset) = (cx.hv.hw, st.tsc_offset);
     st.lapic.rdmsr(index, || now(hw, offset))
 }

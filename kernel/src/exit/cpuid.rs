@@ -67,8 +67,7 @@ pub fn cpuid(cx: &mut Cx<'_>, len: u8) -> Next {
     {
         put(&mut cx.st.regs, slot.regs);
     } else {
-        let regs = look_up(cx, leaf, subleaf);
-        put(&mut cx.st.regs, regs);
+        look_up(cx, leaf, subleaf);
     }
     Next::Quiet(len)
 }
@@ -99,9 +98,10 @@ fn rare_state_of(st: &VcpuState, needs: Needs) -> u64 {
     }
 }
 
-/// Asks the policy, and remembers the answer unless it depends on the TSC.
+/// Answers by the policy, and remembers the answer unless it depends on the TSC.
+#[cold]
 #[inline(never)]
-fn look_up(cx: &mut Cx<'_>, leaf: u32, subleaf: u32) -> Regs {
+fn look_up(cx: &mut Cx<'_>, leaf: u32, subleaf: u32) {
     let needs = needs(leaf);
     let version = cx.dom.cpu_policy.version();
     let state = state_of(cx.st, needs);
@@ -119,7 +119,7 @@ fn look_up(cx: &mut Cx<'_>, leaf: u32, subleaf: u32) -> Regs {
             regs,
         };
     }
-    regs
+    put(&mut cx.st.regs, regs);
 }
 
 /// What the guest sees of a leaf now.

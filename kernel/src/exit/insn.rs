@@ -10,8 +10,8 @@ use core::cell::Cell;
 use core::num::NonZeroU8;
 
 use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
-use galvan_base::direct::KnownWord;
-use galvan_base::{Gpa, Mpa, PAGE_SIZE, Platform};
+use galvan_base::direct::KnownBytes;
+use galvan_base::{Gpa, Mpa, PAGE_SIZE};
 
 use super::Next;
 use crate::emulate::{Bits, Code, DecodeError, Flags, MAX_LEN, Rep, Stop};
@@ -60,44 +60,42 @@ const SLOTS: usize = 16;
 /// Longer instructions, by useless prefixes, are not cached.
 const CACHED_LEN: usize = 4;
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 #[repr(align(128))]
 struct Slot {
     linear: u64,
     cr3: u64,
     stamp: Cell<Stamp>,
-    /// The aligned words in which it lies, and what its bytes are in them. The second has no bits
-    /// where the first has all of it.
-    words: [Word; 2],
-    /// A [`Kind`], or 0, with [`TWO_WORDS`] where it lies in two.
+    /// Four bytes in which it lies, those of them that are its, and what they are.
+    at: KnownBytes,
+    mask: u32,
+    bytes: u32,
+    /// A [`Kind`], or 0.
     kind: u8,
-    len: u8,
+    len: NonZeroU8,
 }
 
 const _: () = assert!(size_of::<Slot>() == 128);
 
-const TWO_WORDS: u8 = 1 << 7;
-
-#[derive(Clone, Copy, Debug, Default)]
-struct Word {
-    at: KnownWord,
-    mask: u64,
-    bytes: u64,
-}
-
-impl Word {
-    #[inline(always)]
-    fn is_there(&self, hw: &dyn Platform) -> bool {
-        self.at
-            .load(hw)
-            .is_ok_and(|w| w & self.mask == self.bytes)
+impl Default for Slot {
+    fn default() -> Self {
+        Self {
+            linear: 0,
+            cr3: 0,
+            stamp: Cell::default(),
+            at: KnownBytes::new(Mpa::new_truncate(0)),
+            mask: 0,
+            bytes: 0,
+            kind: 0,
+            len: NonZeroU8::MIN,
+        }
     }
 }
 
-/// Fibonacci hashing: the entries of a hypercall page are 32 bytes apart, other code anywhere.
+/// The entries of a hypercall page are 32 bytes apart, other code is anywhere.
 #[inline(always)]
 fn slot_of(linear: u64) -> usize {
-    (linear.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60) as usize % SLOTS
+    (linear >> 5) as usize % SLOTS
 }
 
 /// The length of the instruction at the instruction pointer, which exited as `kind`. `given` is what
@@ -112,7 +110,7 @@ pub fn length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<u8> {
 }
 
 #[inline(always)]
-fn known_length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<NonZeroU8> {
+pub(super) fn known_length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<NonZeroU8> {
     if given != 0 {
         return NonZeroU8::new(given);
     }
@@ -121,27 +119,10 @@ fn known_length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<NonZeroU8> {
         && s.linear == linear
         && s.kind == kind as u8
         && s.cr3 == cr3
-        && s.words[0].is_there(cx.hv.hw)
+        && s.at.load(cx.hv.hw).is_ok_and(|b| b & s.mask == s.bytes)
         && cx.dom.p2m.still(&s.stamp)
     {
-        return NonZeroU8::new(s.len);
-    }
-    wide(cx, kind, linear, cr3)
-}
-
-/// The same for one that lies in two words.
-#[inline(never)]
-fn wide(cx: &mut Cx<'_>, kind: Kind, linear: u64, cr3: u64) -> Option<NonZeroU8> {
-    if let Some(s) = cx.st.icache.slots.get(slot_of(linear))
-        && s.linear == linear
-        && s.kind == kind as u8 | TWO_WORDS
-        && s.cr3 == cr3
-        && let [first, second] = &s.words
-        && first.is_there(cx.hv.hw)
-        && second.is_there(cx.hv.hw)
-        && cx.dom.p2m.still(&s.stamp)
-    {
-        return NonZeroU8::new(s.len);
+        return Some(s.len);
     }
     look(cx, kind, linear)
 }
@@ -154,8 +135,9 @@ fn look(cx: &mut Cx<'_>, kind: Kind, key: u64) -> Option<NonZeroU8> {
         match_kind(bytes, bits, kind).map(|n| (n, prefix_of(bytes)))
     }) {
         Ok(Ok((len, bytes))) => {
+            let len = NonZeroU8::new(len)?;
             remember(cx, kind, key, len, bytes);
-            NonZeroU8::new(len)
+            Some(len)
         }
         Ok(Err(_)) => None,
         Err(stop) => {
@@ -174,9 +156,10 @@ pub(super) fn prefix_of<const N: usize>(bytes: &[u8]) -> [u8; N] {
     b
 }
 
-fn remember(cx: &mut Cx<'_>, kind: Kind, key: u64, len: u8, bytes: [u8; CACHED_LEN]) {
+fn remember(cx: &mut Cx<'_>, kind: Kind, key: u64, len: NonZeroU8, bytes: [u8; CACHED_LEN]) {
     let linear = linear_ip(cx);
-    if usize::from(len) > CACHED_LEN || linear as usize % PAGE_SIZE + usize::from(len) > PAGE_SIZE {
+    let size = usize::from(len.get());
+    if size > CACHED_LEN || linear as usize % PAGE_SIZE + size > PAGE_SIZE {
         return;
     }
     let Ok(gpa) = cx.translate(linear, false) else {
@@ -190,30 +173,21 @@ fn remember(cx: &mut Cx<'_>, kind: Kind, key: u64, len: u8, bytes: [u8; CACHED_L
     };
     let cr3 = cx.st.hw.cr(3);
     if let Some(s) = cx.st.icache.slots.get_mut(slot_of(key)) {
-        let words = words(page.mfn().addr(), gpa.offset(), bytes, len);
-        let two = if words[1].mask == 0 { 0 } else { TWO_WORDS };
+        // Near the end of the page it does not begin with them.
+        let start = gpa.offset().min(KnownBytes::LAST);
+        let shift = (gpa.offset() - start) as u32 * 8;
+        let mask = u32::MAX >> (32 - size * 8) << shift;
         *s = Slot {
             linear: key,
             cr3,
             stamp: Cell::new(stamp),
-            words,
-            kind: kind as u8 | two,
+            at: KnownBytes::new(Mpa::new_truncate(page.mfn().addr().get() + start as u64)),
+            mask,
+            bytes: u32::from_le_bytes(bytes) << shift & mask,
+            kind: kind as u8,
             len,
         };
     }
-}
-
-/// The words in which an instruction lies that is wholly in one page.
-fn words(frame: Mpa, offset: usize, bytes: [u8; CACHED_LEN], len: u8) -> [Word; 2] {
-    let shift = (offset % 8) as u32 * 8;
-    let mask = (u128::from(u64::MAX) >> (64 - u32::from(len) * 8)) << shift;
-    let bytes = u128::from(u32::from_le_bytes(bytes)) << shift & mask;
-    let at = frame.get() + (offset & !7) as u64;
-    [0u32, 64].map(|n| Word {
-        at: KnownWord::new(Mpa::new_truncate(at + u64::from(n) / 8)),
-        mask: (mask >> n) as u64,
-        bytes: (bytes >> n) as u64,
-    })
 }
 
 /// The length of the instruction if it is of this kind; `Unsupported` if it is none.

@@ -87,9 +87,9 @@ pub fn xsetbv(cx: &mut Cx<'_>, len: u8) -> Next {
 /// What the guest reads; `None` for #GP.
 fn rdmsr(cx: &mut Cx<'_>, index: u32) -> Option<u64> {
     match index {
-        MSR_X2APIC..=MSR_X2APIC_LAST | MSR_APIC_BASE | MSR_TSC_DEADLINE => {
-            apic::rdmsr(cx, index).ok()
-        }
+        // Neither the interrupts in service nor the priority are in it, so nothing is taken back for it.
+        MSR_APIC_BASE => Some(cx.st.lapic.apic_base()),
+        MSR_X2APIC..=MSR_X2APIC_LAST | MSR_TSC_DEADLINE => apic::rdmsr(cx, index).ok(),
         EFER => Some(cx.st.hw.efer()),
         TSC => Some(cx.hv.hw.tsc().wrapping_add(cx.st.tsc_offset)),
         TSC_ADJUST => has(cx, Feature::TSC_ADJUST).then_some(cx.st.msrs.tsc_adjust),
