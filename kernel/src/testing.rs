@@ -24,7 +24,7 @@ use crate::console::ConsoleRing;
 use crate::domain::{Domain, DomainConfig, DomainTable};
 use crate::guest_access::{Cx, read_gpa, write_gpa};
 use crate::hv::{CpuState, Hv, Hypervisor};
-use crate::hypercall::{self, Args, Outcome, Ret};
+use crate::hypercall::{self, After, Args, End, Outcome, Ret};
 use crate::mm::{FrameInfo, FrameTable, Owner};
 use crate::sched::Scheduler;
 use crate::timer::TimerQueues;
@@ -199,7 +199,17 @@ impl World {
 
     /// One run of a hypercall handler.
     pub fn call_once(&self, dom: u16, vcpu: u32, number: u32, args: Args) -> Ret {
-        self.with_cx(dom, vcpu, |cx| hypercall::dispatch(cx, number.into(), args))
+        self.with_cx(dom, vcpu, |cx| {
+            let End { after, value } = hypercall::dispatch(cx, number.into(), args);
+            match (after, value as i64) {
+                (After::Again, _) => Ok(Outcome::Again(cx.st.again)),
+                (_, e @ -4095..0) => Err(Errno(-e as i32)),
+                (After::Quiet, _) => Ok(Outcome::Quiet(value)),
+                (After::Next, _) => Ok(Outcome::Done(value)),
+                (After::Yield, _) => Ok(Outcome::Yield(value)),
+                (After::Block, _) => Ok(Outcome::Block(value)),
+            }
+        })
     }
 
     /// A hypercall to its end.
@@ -207,6 +217,7 @@ impl World {
         for _ in 0..1_000_000 {
             match self.call_once(dom, vcpu, number, args)? {
                 Outcome::Done(v)
+                | Outcome::Quiet(v)
                 | Outcome::Told(v)
                 | Outcome::Yield(v)
                 | Outcome::Block(v) => return Ok(v),

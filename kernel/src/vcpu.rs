@@ -26,6 +26,7 @@ use galvan_dom0_proto::errno::Errno;
 
 use crate::domain::Domain;
 use crate::hv::Hv;
+use crate::hypercall::Args;
 use crate::mm::PageRef;
 use crate::run::sooner;
 use crate::sched::SchedUnit;
@@ -140,6 +141,8 @@ pub struct VcpuState {
     pub lent: VirtualApic,
     /// What the processor had of the local APIC has been taken back since the entry was prepared.
     pub taken_back: bool,
+    /// Arguments that a hypercall is to be made again with: [`crate::hypercall::After::Again`].
+    pub again: Args,
     /// The processor can answer accesses to the local APIC's page by itself.
     pub shows_apic: bool,
     /// It does: TPR and ICR of `lapic` are out of date, too.
@@ -243,6 +246,7 @@ impl Vcpu {
                 virtual_apic: hw.virtual_apic(),
                 lent: VirtualApic::None,
                 taken_back: false,
+                again: [0; 5],
                 shows_apic: hw.shows_apic(),
                 shown: false,
                 shown_stale: true,

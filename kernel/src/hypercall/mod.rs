@@ -36,6 +36,8 @@ pub type Args = [u64; 5];
 pub enum Outcome {
     /// With this result.
     Done(u64),
+    /// With this result, having left alone what decides about the next entry, as calls of [`TABLE`] do that are `quiet`.
+    Quiet(u64),
     /// With this result, having posted an interrupt to the caller's own local APIC.
     Told(u64),
     /// Not yet: the same call is to be made again with these arguments, which say how far it got.
@@ -54,41 +56,102 @@ pub const OK: Outcome = Outcome::Done(0);
 /// The result of a handler.
 pub type Ret = Result<Outcome, Errno>;
 
-/// A hypercall handler.
-pub type Handler = fn(&mut Cx<'_>, Args) -> Ret;
+/// How a call has ended, in two registers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub struct End {
+    /// What the exit path does.
+    pub after: After,
+    /// The result, but after [`After::Again`]. Then the arguments are in `VcpuState::again`.
+    pub value: u64,
+}
+
+impl End {
+    /// Of a handler's result, where `done` is what comes after one that is done.
+    #[inline(always)]
+    fn new(cx: &mut Cx<'_>, result: Ret, done: After) -> End {
+        let (after, value) = match result {
+            Ok(Outcome::Done(v)) => (done, v),
+            Ok(Outcome::Quiet(v)) => (After::Quiet, v),
+            Ok(Outcome::Told(v)) => (After::Next, v),
+            Ok(Outcome::Yield(v)) => (After::Yield, v),
+            Ok(Outcome::Block(v)) => (After::Block, v),
+            Ok(Outcome::Again(args)) => {
+                cx.st.again = args;
+                (After::Again, 0)
+            }
+            Err(e) => (done, e.as_ret()),
+        };
+        End { after, value }
+    }
+
+    const fn failed(e: Errno) -> End {
+        End {
+            after: After::Quiet,
+            value: e.as_ret(),
+        }
+    }
+}
+
+/// An entry of the table: a handler, to which the arguments go in registers, and its end comes back so.
+type Entry = fn(&mut Cx<'_>, u64, u64, u64, u64, u64) -> End;
+
+macro_rules! entry {
+    ($handler:path, $done:expr) => {
+        Some(|cx, a, b, c, d, e| {
+            let result = $handler(cx, [a, b, c, d, e]);
+            End::new(cx, result, $done)
+        })
+    };
+}
+
+/// A call after which the entry has to be prepared.
+macro_rules! call {
+    ($handler:path) => {
+        entry!($handler, After::Next)
+    };
+}
+
+/// A call that leaves the caller's timers, local APIC and halting alone, whatever else it does: events
+/// reach it by way of what is posted to it, as they would from elsewhere.
+macro_rules! quiet {
+    ($handler:path) => {
+        entry!($handler, After::Quiet)
+    };
+}
 
 /// Numbers that the table covers.
 const TABLE_LEN: usize = 64;
 
 /// What callers on second-stage paging may use; all others are ENOSYS.
-static TABLE: [Option<Handler>; TABLE_LEN] = {
-    let mut t: [Option<Handler>; TABLE_LEN] = [None; TABLE_LEN];
-    t[nr::HYPERVISOR_PLATFORM_OP as usize] = Some(platform::platform_op);
-    t[nr::HYPERVISOR_MEMORY_OP as usize] = Some(memory::memory_op);
-    t[nr::HYPERVISOR_MULTICALL as usize] = Some(multicall::multicall);
-    t[nr::HYPERVISOR_SET_TIMER_OP as usize] = Some(vcpu_op::set_timer_op);
-    t[nr::HYPERVISOR_XEN_VERSION as usize] = Some(version::xen_version);
-    t[nr::HYPERVISOR_CONSOLE_IO as usize] = Some(console_io::console_io);
-    t[nr::HYPERVISOR_GRANT_TABLE_OP as usize] = Some(grant_table::grant_table_op);
-    t[nr::HYPERVISOR_VM_ASSIST as usize] = Some(vcpu_op::vm_assist);
-    t[nr::HYPERVISOR_VCPU_OP as usize] = Some(vcpu_op::vcpu_op);
-    t[nr::HYPERVISOR_SCHED_OP as usize] = Some(sched_op::sched_op);
-    t[nr::HYPERVISOR_EVENT_CHANNEL_OP as usize] = Some(event_channel::event_channel_op);
-    t[nr::HYPERVISOR_PHYSDEV_OP as usize] = Some(physdev::physdev_op);
-    t[nr::HYPERVISOR_HVM_OP as usize] = Some(hvm::hvm_op);
-    t[nr::HYPERVISOR_SYSCTL as usize] = Some(sysctl::sysctl);
-    t[nr::HYPERVISOR_DOMCTL as usize] = Some(domctl::domctl);
+static TABLE: [Option<Entry>; TABLE_LEN] = {
+    let mut t: [Option<Entry>; TABLE_LEN] = [None; TABLE_LEN];
+    t[nr::HYPERVISOR_PLATFORM_OP as usize] = call!(platform::platform_op);
+    t[nr::HYPERVISOR_MEMORY_OP as usize] = quiet!(memory::memory_op);
+    t[nr::HYPERVISOR_MULTICALL as usize] = call!(multicall::multicall);
+    t[nr::HYPERVISOR_SET_TIMER_OP as usize] = call!(vcpu_op::set_timer_op);
+    t[nr::HYPERVISOR_XEN_VERSION as usize] = quiet!(version::xen_version);
+    t[nr::HYPERVISOR_CONSOLE_IO as usize] = call!(console_io::console_io);
+    t[nr::HYPERVISOR_GRANT_TABLE_OP as usize] = quiet!(grant_table::grant_table_op);
+    t[nr::HYPERVISOR_VM_ASSIST as usize] = call!(vcpu_op::vm_assist);
+    t[nr::HYPERVISOR_VCPU_OP as usize] = call!(vcpu_op::vcpu_op);
+    t[nr::HYPERVISOR_SCHED_OP as usize] = call!(sched_op::sched_op);
+    t[nr::HYPERVISOR_EVENT_CHANNEL_OP as usize] = quiet!(event_channel::event_channel_op);
+    t[nr::HYPERVISOR_PHYSDEV_OP as usize] = call!(physdev::physdev_op);
+    t[nr::HYPERVISOR_HVM_OP as usize] = quiet!(hvm::hvm_op);
+    t[nr::HYPERVISOR_SYSCTL as usize] = call!(sysctl::sysctl);
+    t[nr::HYPERVISOR_DOMCTL as usize] = call!(domctl::domctl);
     t
 };
 
 /// Runs a hypercall by number. Also the way in for multicalls and host tests.
 #[inline(always)]
-pub fn dispatch(cx: &mut Cx<'_>, number: u64, args: Args) -> Ret {
+pub fn dispatch(cx: &mut Cx<'_>, number: u64, [a, b, c, d, e]: Args) -> End {
     match usize::try_from(number).ok().and_then(|n| TABLE.get(n)) {
-        Some(Some(h)) => h(cx, args),
+        Some(Some(entry)) => entry(cx, a, b, c, d, e),
         _ => {
             log_unknown(cx, "hypercall", number, 0);
-            Err(Errno::ENOSYS)
+            End::failed(Errno::ENOSYS)
         }
     }
 }
@@ -125,15 +188,14 @@ pub fn from_registers(cx: &mut Cx<'_>) -> After {
         return from_elsewhere(cx);
     }
     let r = &cx.st.regs;
-    let number = r.rax;
-    let args = [r.rdi, r.rsi, r.rdx, r.r10, r.r8];
-    let result = dispatch(cx, number, args);
-    let after = if is_quiet(number) { After::Quiet } else { After::Next };
-    if let Ok(Outcome::Done(v)) = result {
-        cx.st.regs.rax = v;
-        return after;
+    let end = dispatch(cx, r.rax, [r.rdi, r.rsi, r.rdx, r.r10, r.r8]);
+    let r = &mut cx.st.regs;
+    if end.after == After::Again {
+        [r.rdi, r.rsi, r.rdx, r.r10, r.r8] = cx.st.again;
+    } else {
+        r.rax = end.value;
     }
-    finish(cx, result, after, true)
+    end.after
 }
 
 /// Calls by user code, and by kernels of 32 bits.
@@ -143,65 +205,34 @@ fn from_elsewhere(cx: &mut Cx<'_>) -> After {
     let (long, cpl) = cx.st.hw.caller();
     let r = &cx.st.regs;
     let low = |v: u64| v & 0xffff_ffff;
-    let number = if long { r.rax } else { low(r.rax) };
-    let args = [low(r.rbx), low(r.rcx), low(r.rdx), low(r.rsi), low(r.rdi)];
-    let result = if cpl != 0 {
-        Err(Errno::EPERM)
+    let width = |v: u64| if long { v } else { low(v) };
+    let number = width(r.rax);
+    let args = [r.rbx, r.rcx, r.rdx, r.rsi, r.rdi].map(low);
+    let end = if cpl != 0 {
+        End::failed(Errno::EPERM)
     } else {
         compat(cx, number, args)
     };
-    let after = if is_quiet(number) { After::Quiet } else { After::Next };
-    finish(cx, result, after, long)
-}
-
-/// Puts the result into the registers.
-#[inline(never)]
-fn finish(cx: &mut Cx<'_>, result: Ret, done: After, long: bool) -> After {
     let r = &mut cx.st.regs;
-    let (value, after) = match result {
-        Ok(Outcome::Done(v)) => (v, done),
-        Ok(Outcome::Told(v)) => (v, After::Next),
-        Ok(Outcome::Yield(v)) => (v, After::Yield),
-        Ok(Outcome::Block(v)) => (v, After::Block),
-        Err(e) => (e.as_ret(), done),
-        Ok(Outcome::Again(a)) => {
-            if long {
-                [r.rdi, r.rsi, r.rdx, r.r10, r.r8] = a;
-            } else {
-                [r.rbx, r.rcx, r.rdx, r.rsi, r.rdi] = a.map(|v| v & 0xffff_ffff);
-            }
-            return After::Again;
-        }
-    };
-    r.rax = if long { value } else { value & 0xffff_ffff };
-    after
-}
-
-/// Calls that leave the caller's timers, local APIC and halting alone, whatever else they do: events
-/// reach it by way of what is posted to it, as they would from elsewhere.
-const QUIET: u64 = 1 << nr::HYPERVISOR_XEN_VERSION
-    | 1 << nr::HYPERVISOR_EVENT_CHANNEL_OP
-    | 1 << nr::HYPERVISOR_GRANT_TABLE_OP
-    | 1 << nr::HYPERVISOR_MEMORY_OP
-    | 1 << nr::HYPERVISOR_HVM_OP;
-
-/// Whether the call of this number is one of [`QUIET`], or none at all.
-#[inline]
-fn is_quiet(number: u64) -> bool {
-    number >= TABLE_LEN as u64 || QUIET & 1 << number != 0
+    if end.after == After::Again {
+        [r.rbx, r.rcx, r.rdx, r.rsi, r.rdi] = cx.st.again.map(low);
+    } else {
+        r.rax = width(end.value);
+    }
+    end.after
 }
 
 /// Calls from 32-bit code. Those whose structures have the same layout for both widths are served;
 /// the others need the 32-bit layouts and are refused.
-fn compat(cx: &mut Cx<'_>, number: u64, args: Args) -> Ret {
+fn compat(cx: &mut Cx<'_>, number: u64, args: Args) -> End {
     match number as u32 {
-        _ if number > u64::from(u32::MAX) => Err(Errno::ENOSYS),
+        _ if number > u64::from(u32::MAX) => End::failed(Errno::ENOSYS),
         nr::HYPERVISOR_SCHED_OP if args[0] != u64::from(galvan_dom0_proto::sched::SCHEDOP_POLL) => dispatch(cx, number, args),
         nr::HYPERVISOR_XEN_VERSION if args[0] == 0 => dispatch(cx, number, args),
         nr::HYPERVISOR_VM_ASSIST => dispatch(cx, number, args),
         _ => {
             log_unknown(cx, "hypercall from 32-bit code", number, args[0]);
-            Err(Errno::ENOSYS)
+            End::failed(Errno::ENOSYS)
         }
     }
 }

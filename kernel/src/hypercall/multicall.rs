@@ -9,7 +9,7 @@ use galvan_dom0_proto::xen::{HYPERVISOR_MULTICALL, MulticallEntry};
 use galvan_base::{Gfn, PAGE_SIZE};
 use zerocopy::{FromZeros, IntoBytes};
 
-use super::{Args, OK, Outcome, Ret, dispatch};
+use super::{After, Args, End, Outcome, Ret, dispatch};
 use crate::gnttab;
 use crate::guest_access::Cx;
 use crate::p2m::{Page, Want};
@@ -102,6 +102,8 @@ pub fn multicall(cx: &mut Cx<'_>, [list, count, ..]: Args) -> Ret {
 fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
     let mut e = MulticallEntry::new_zeroed();
     let batch = u64::from(units(BATCH as u32));
+    // So is a list of calls that are.
+    let mut quiet = true;
     for i in 0..count.min(batch) {
         let at = list.checked_add(i * ENTRY as u64).ok_or(Errno::EFAULT)?;
         if !place.covers(at) {
@@ -110,9 +112,9 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
         }
         place.read(cx, at, &mut e)?;
         let [a0, a1, a2, a3, a4, _] = e.args;
-        let result = if e.op == u64::from(HYPERVISOR_MULTICALL) {
+        let End { after, value } = if e.op == u64::from(HYPERVISOR_MULTICALL) {
             // A list in a list would recurse.
-            Err(Errno::EINVAL)
+            End::failed(Errno::EINVAL)
         } else {
             dispatch(cx, e.op, [a0, a1, a2, a3, a4])
         };
@@ -125,10 +127,11 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
                 0,
             ])
         };
-        let result = match result {
-            Ok(Outcome::Done(v) | Outcome::Told(v)) => v,
-            Ok(Outcome::Yield(v) | Outcome::Block(v)) => {
-                e.result = v;
+        match after {
+            After::Quiet => {}
+            After::Next => quiet = false,
+            After::Yield | After::Block => {
+                e.result = value;
                 cx.put_at(list, i, &e)?;
                 // The turn ends here; the rest of the list follows in the next.
                 if i + 1 < count {
@@ -136,16 +139,15 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
                 }
                 return Ok(Outcome::Yield(0));
             }
-            Ok(Outcome::Again(args)) => {
-                let [b0, b1, b2, b3, b4] = args;
+            After::Again => {
+                let [b0, b1, b2, b3, b4] = cx.st.again;
                 e.args = [b0, b1, b2, b3, b4, e.args[5]];
                 cx.put_at(list, i, &e)?;
                 return Ok(rest(0));
             }
-            Err(err) => err.as_ret(),
-        };
+        }
         // Only the result is the caller's to see changed.
-        place.write_result(cx, at, result)?;
+        place.write_result(cx, at, value)?;
     }
     if count > batch {
         return Ok(Outcome::Again([
@@ -156,5 +158,5 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
             0,
         ]));
     }
-    Ok(OK)
+    Ok(if quiet { Outcome::Quiet(0) } else { Outcome::Done(0) })
 }
