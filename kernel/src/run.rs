@@ -106,8 +106,6 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
     let mut turn_ends = u64::MAX;
     // The next entry depends on nothing that may have changed since the last: see `Next::Quiet`.
     let mut quiet = false;
-    // The processor has all interrupts that wait.
-    let mut delivers = false;
     // The length of an instruction that is still to be stepped over.
     let mut behind = 0;
     loop {
@@ -138,8 +136,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
                 }
                 break;
             }
-            cx.st.taken_back = false;
-            delivers = cx.st.lent == VirtualApic::Delivers;
+            cx.st.apic_left = true;
             let own = sooner(cx.st.next_deadline(), exit::apic::deadline(cx.st, hv));
             turn_ends = turn.ends();
             let turns = (turn_ends != u64::MAX).then_some(turn_ends);
@@ -159,6 +156,8 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
             me.in_guest.store(0, Ordering::SeqCst);
             continue;
         }
+        // The processor has all interrupts that wait.
+        let delivers = cx.st.lent == VirtualApic::Delivers;
         if delivers && !v.open_posting() {
             me.in_guest.store(0, Ordering::SeqCst);
             continue;
@@ -187,7 +186,7 @@ fn run_vcpu(hv: Hv, d: &Arc<Domain>, v: &Arc<Vcpu>, now: u64) {
             Next::Resume => {}
             Next::Quiet(len) => {
                 behind = len;
-                quiet = !cx.st.taken_back;
+                quiet = cx.st.apic_left;
             }
             Next::Yield => {
                 hv.sched.yield_turn(hv, cpu);

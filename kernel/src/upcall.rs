@@ -255,7 +255,7 @@ fn take_lent(st: &mut VcpuState) {
             st.lapic.set_in_service([0; 4]);
         }
     }
-    (st.lent, st.shown, st.taken_back) = (VirtualApic::None, false, true);
+    (st.lent, st.shown, st.apic_left) = (VirtualApic::None, false, false);
 }
 
 /// Whether a halted vCPU can still be woken by an ordinary interrupt.

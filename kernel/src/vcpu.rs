@@ -139,8 +139,8 @@ pub struct VcpuState {
     pub virtual_apic: VirtualApic,
     /// What it does now: `lapic` is out of date until [`crate::upcall::take_back`] unless that is nothing.
     pub lent: VirtualApic,
-    /// What the processor had of the local APIC has been taken back since the entry was prepared.
-    pub taken_back: bool,
+    /// Nothing of what the processor has of the local APIC has been taken back since the entry was prepared.
+    pub apic_left: bool,
     /// Arguments that a hypercall is to be made again with: [`crate::hypercall::After::Again`].
     pub again: Args,
     /// The processor can answer accesses to the local APIC's page by itself.
@@ -245,7 +245,7 @@ impl Vcpu {
                 regs: Gprs::default(),
                 virtual_apic: hw.virtual_apic(),
                 lent: VirtualApic::None,
-                taken_back: false,
+                apic_left: true,
                 again: [0; 5],
                 shows_apic: hw.shows_apic(),
                 shown: false,

@@ -210,9 +210,7 @@ impl KnownBytes {
     #[inline(always)]
     pub fn load<M: HostMem + ?Sized>(&self, mem: &M) -> Result<u32, MemFault> {
         if self.mapped == 0 {
-            let mut b = [0; 4];
-            mem.read(self.at.frame(), self.at.offset(), &mut b)?;
-            return Ok(u32::from_le_bytes(b));
+            return self.load_from(mem);
         }
         let v: u32;
         // SAFETY: four bytes of a frame of the window, which is mapped RAM for ever. There is no atomic for
@@ -226,6 +224,13 @@ impl KnownBytes {
             );
         }
         Ok(v)
+    }
+
+    #[cold]
+    fn load_from<M: HostMem + ?Sized>(&self, mem: &M) -> Result<u32, MemFault> {
+        let mut b = [0; 4];
+        mem.read(self.at.frame(), self.at.offset(), &mut b)?;
+        Ok(u32::from_le_bytes(b))
     }
 }
 

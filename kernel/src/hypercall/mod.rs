@@ -130,7 +130,7 @@ static TABLE: [Option<Entry>; TABLE_LEN] = {
     t[nr::HYPERVISOR_MEMORY_OP as usize] = quiet!(memory::memory_op);
     t[nr::HYPERVISOR_MULTICALL as usize] = call!(multicall::multicall);
     t[nr::HYPERVISOR_SET_TIMER_OP as usize] = call!(vcpu_op::set_timer_op);
-    t[nr::HYPERVISOR_XEN_VERSION as usize] = quiet!(version::xen_version);
+    t[nr::HYPERVISOR_XEN_VERSION as usize] = Some(version::xen_version);
     t[nr::HYPERVISOR_CONSOLE_IO as usize] = call!(console_io::console_io);
     t[nr::HYPERVISOR_GRANT_TABLE_OP as usize] = quiet!(grant_table::grant_table_op);
     t[nr::HYPERVISOR_VM_ASSIST as usize] = call!(vcpu_op::vm_assist);
@@ -189,6 +189,16 @@ pub fn from_registers(cx: &mut Cx<'_>) -> After {
     }
     let r = &cx.st.regs;
     let end = dispatch(cx, r.rax, [r.rdi, r.rsi, r.rdx, r.r10, r.r8]);
+    if end.after == After::Quiet {
+        cx.st.regs.rax = end.value;
+        return After::Quiet;
+    }
+    finish(cx, end)
+}
+
+/// Puts into the registers what does not end quietly.
+#[inline(never)]
+fn finish(cx: &mut Cx<'_>, end: End) -> After {
     let r = &mut cx.st.regs;
     if end.after == After::Again {
         [r.rdi, r.rsi, r.rdx, r.r10, r.r8] = cx.st.again;

@@ -4,25 +4,33 @@ use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::version::*;
 use zerocopy::FromZeros;
 
-use super::{Args, OK, Outcome, Ret, log_unknown};
+use super::{After, End, OK, Outcome, Ret, log_unknown};
 use crate::guest_access::Cx;
 
 /// Guest types that can be built, as `xl` reads them.
 const CAPABILITIES: &str = "hvm-3.0-x86_32 hvm-3.0-x86_32p hvm-3.0-x86_64 ";
 
-/// `HYPERVISOR_xen_version(cmd, arg)`.
-pub fn xen_version(cx: &mut Cx<'_>, args: Args) -> Ret {
-    // What Linux asks to have pending events delivered: it needs none of the room for texts.
-    match args[0] as u32 {
-        XENVER_VERSION => Ok(Outcome::Done(u64::from(cx.hv.identity.abi))),
-        _ => others(cx, args),
+/// `HYPERVISOR_xen_version(cmd, arg)`, as an entry of the table.
+pub fn xen_version(cx: &mut Cx<'_>, cmd: u64, arg: u64, _: u64, _: u64, _: u64) -> End {
+    // What Linux asks to have pending events delivered: nothing is called for it.
+    match cmd as u32 {
+        XENVER_VERSION => End {
+            after: After::Quiet,
+            value: cx.hv.identity.abi.into(),
+        },
+        cmd => others(cx, cmd, arg),
     }
 }
 
 #[inline(never)]
-fn others(cx: &mut Cx<'_>, [cmd, arg, ..]: Args) -> Ret {
+fn others(cx: &mut Cx<'_>, cmd: u32, arg: u64) -> End {
+    let result = answer(cx, cmd, arg);
+    End::new(cx, result, After::Quiet)
+}
+
+fn answer(cx: &mut Cx<'_>, cmd: u32, arg: u64) -> Ret {
     let id = &cx.hv.identity;
-    match cmd as u32 {
+    match cmd {
         XENVER_PAGESIZE => return Ok(Outcome::Done(galvan_base::PAGE_SIZE as u64)),
         XENVER_EXTRAVERSION => put_text::<XEN_EXTRAVERSION_LEN>(cx, arg, &id.extraversion)?,
         XENVER_CAPABILITIES => put_text::<XEN_CAPABILITIES_INFO_LEN>(cx, arg, CAPABILITIES)?,
