@@ -24,6 +24,9 @@ const SCRUB_BLOCK: PageOrder = match PageOrder::new(3) {
     None => PageOrder::P4K,
 };
 
+/// So close to a deadline, in nanoseconds, no frame is zeroed, which may take as long on a slow processor.
+const SCRUB_NS: u64 = 5000;
+
 /// The earlier of two times that may not be set.
 #[inline(always)]
 pub(crate) fn sooner(a: Option<u64>, b: Option<u64>) -> Option<u64> {
@@ -58,7 +61,7 @@ pub fn run_once(hv: Hv) {
             hv.sched.put_back(hv, cpu, v);
         }
         // Idle time goes into scrubbing what others have left.
-        None if !hv.sched.has_work(cpu) && scrub(hv, cpu) => hv.hw.take_interrupts(),
+        None if scrub(hv, cpu) => hv.hw.take_interrupts(),
         None => {
             let deadline = sooner(hv.timers.next_deadline(cpu), hv.sched.turn_ends(hv, cpu));
             hv.timers.arm(hv, cpu, deadline, None);
@@ -72,14 +75,14 @@ pub fn run_once(hv: Hv) {
     }
 }
 
-/// Zeroes what others have left, until there is work, something is due, or a block is clean. Whether it did
-/// anything.
+/// Zeroes what others have left, until there is work, something is about to be due, or a block is clean. Whether it
+/// did anything.
 fn scrub(hv: Hv, cpu: CpuId) -> bool {
-    // The timer is not set for what is due, which may come late by the time that a frame takes.
+    // The timer is not set meanwhile, and what is due is not to wait for a frame.
     let due = hv.timers.next_deadline(cpu).unwrap_or(u64::MAX);
     // Interrupts stay out: what one leads to may wait for a lock whose holder waits for a frame of the block.
-    let idle = || !hv.sched.has_work(cpu) && hv.hw.now_ns() < due;
-    hv.frames.scrub(SCRUB_BLOCK, idle)
+    let idle = || !hv.sched.has_work(cpu) && hv.hw.now_ns().saturating_add(SCRUB_NS) < due;
+    idle() && hv.frames.scrub(SCRUB_BLOCK, idle)
 }
 
 /// Runs one vCPU on this CPU from `now` on, until it blocks, is stopped, or its turn is over.
