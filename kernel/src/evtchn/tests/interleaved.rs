@@ -77,6 +77,39 @@ fn every_event_of_the_fifo_abi_arrives() {
     });
 }
 
+/// A guest that is awake and looks at its queues meets an event that is just being put on one. (With the queue's
+/// ready bit set before its head this finds an event that is lost.)
+#[test]
+fn an_event_that_is_queued_while_the_guest_looks_is_seen() {
+    explore(600, || {
+        let w = World::new(2, 1);
+        let (f, ports) = setup(&w, 1, 2);
+        let (hv, d0) = (w.hv, w.dom(0));
+        // The first wakes it; the second comes meanwhile.
+        let (first, second) = (ports[0], ports[1]);
+        send(hv, d0, first.1).unwrap();
+        let seen = AtomicU32::new(0);
+        let handle = |_, port| {
+            if port == second.0 {
+                seen.fetch_add(1, Ordering::SeqCst);
+            }
+        };
+        let mut cpu = thread::scope(|s| {
+            s.spawn(|| send(hv, d0, second.1).unwrap());
+            let cpu = s.spawn(|| {
+                let mut cpu = Consumer::new(&w, 1, 0);
+                for _ in 0..8 {
+                    cpu.step(&f, &mut { handle });
+                }
+                cpu
+            });
+            cpu.join().unwrap()
+        });
+        while cpu.step(&f, &mut { handle }) {}
+        assert_eq!(seen.load(Ordering::SeqCst), 1, "lost");
+    });
+}
+
 /// Two domains open and close channels to each other from both sides: nobody waits for ever, and
 /// nothing is left.
 #[test]
