@@ -322,7 +322,7 @@ mod tests {
             &measured(&["BENCH cpuid 9", "COUNT cpuid 1 0 6 3"]),
         );
         let text = &table.text;
-        assert!(text.contains("| CPUID | 584 | 896 | 0.65 | 250 | missed | 1 | 0 | 6 | 3 | 469 |"));
+        assert!(text.contains("| CPUID (leaf 0) | 584 | 896 | 0.65 | 250 | missed | 1 | 0 | 6 | 3 | 469 |"));
         assert!(text.contains("| 390 | - | - | 400 | met | - | - | - | - | - |"));
         assert!(text.contains("dom0's first instruction, millions | 85 | - | - | 100 | met |"));
         assert_eq!(table.met, 2);
