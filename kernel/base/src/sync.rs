@@ -84,11 +84,22 @@ pub mod rank {
     pub const CONSOLE_DEVICE: u8 = 61;
 }
 
-/// Lets other threads go on in a model; elsewhere nothing. For fakes, whose memory is no [`atomic`].
+/// A step in a model, before which other threads may go on; elsewhere nothing. For fakes, whose memory is no
+/// [`atomic`].
 #[cfg(any(test, feature = "testing"))]
 pub fn step() {
+    // Not a yield, which says that this thread waits for another.
     #[cfg(galvan_shuttle)]
-    shuttle::thread::yield_now();
+    atomic::AtomicBool::new(false).load(atomic::Ordering::SeqCst);
+}
+
+/// In a loop that waits for another CPU.
+#[inline(always)]
+pub fn relax() {
+    #[cfg(galvan_shuttle)]
+    shuttle::hint::spin_loop();
+    #[cfg(not(galvan_shuttle))]
+    core::hint::spin_loop();
 }
 
 #[cfg(galvan_shuttle)]

@@ -36,7 +36,7 @@ use core::ops::Range;
 
 use galvan_base::hw::{Exhausted, HostMem};
 use galvan_base::sync::atomic::{AtomicU64, Ordering};
-use galvan_base::sync::{RankedLock, rank};
+use galvan_base::sync::{RankedLock, rank, relax};
 use galvan_base::{Mfn, PageOrder};
 
 use buddy::Heap;
@@ -420,7 +420,7 @@ impl FrameTable {
                 return Err(Exhausted);
             }
             drop(heap);
-            core::hint::spin_loop();
+            relax();
         };
         self.hand_out(m, order, dirty, owner);
         Ok(Mfn::new_truncate(m))

@@ -228,7 +228,7 @@ impl RunClock {
                 };
                 return total + turn;
             }
-            core::hint::spin_loop();
+            galvan_base::sync::relax();
         }
     }
 }

@@ -65,7 +65,7 @@ impl Fifo<'_> {
         loop {
             let w = self.mem.load_u32(m, off).unwrap();
             if w & EventWord::BUSY != 0 {
-                std::thread::yield_now();
+                galvan_base::sync::relax();
                 continue;
             }
             if self.mem.cmpxchg_u32(m, off, w, w & !EventWord::MASKED) == Ok(w) {
@@ -351,7 +351,7 @@ fn nothing_is_lost_between_processors() {
                         send(hv, d0, p.1).unwrap();
                     }
                     if n % 16 == 0 {
-                        std::thread::yield_now();
+                        galvan_base::sync::relax();
                     }
                 }
                 senders.fetch_sub(1, Ordering::SeqCst);
@@ -375,7 +375,7 @@ fn nothing_is_lost_between_processors() {
                         }
                     }
                 }
-                std::thread::yield_now();
+                galvan_base::sync::relax();
             }
             for p in far {
                 if f.clear_masked(*p) {
@@ -402,7 +402,7 @@ fn nothing_is_lost_between_processors() {
                     if done && !any {
                         break;
                     }
-                    std::thread::yield_now();
+                    galvan_base::sync::relax();
                 }
             });
         }

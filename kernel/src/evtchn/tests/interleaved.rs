@@ -81,7 +81,7 @@ fn every_event_of_the_fifo_abi_arrives() {
 /// ready bit set before its head this finds an event that is lost.)
 #[test]
 fn an_event_that_is_queued_while_the_guest_looks_is_seen() {
-    explore(600, || {
+    explore(150, || {
         let w = World::new(2, 1);
         let (f, ports) = setup(&w, 1, 2);
         let (hv, d0) = (w.hv, w.dom(0));
