@@ -92,7 +92,7 @@ fn time_info(hv: Hv, tsc_offset: u64) -> VcpuTimeInfo {
     if hv.hw.tsc_stable() {
         // One line through the origin: never has to be written again.
         t.tsc_timestamp = hv.hw.tsc_base().wrapping_add(tsc_offset);
-        t.flags = XEN_PVCLOCK_TSC_STABLE_BIT as u8;
+        t.flags = XEN_PVCLOCK_TSC_STABLE_BIT;
     } else {
         let tsc = hv.hw.tsc();
         t.system_time = scale.ticks_to_ns(tsc.saturating_sub(hv.hw.tsc_base()));

@@ -115,6 +115,7 @@ bitflags::bitflags! {
 
 impl FaultKind {
     /// What each of these is said to be.
+    #[expect(clippy::fn_params_excessive_bools, reason = "one for each flag")]
     #[inline]
     pub fn new(write: bool, fetch: bool, present: bool, walk: bool) -> FaultKind {
         let mut k = FaultKind::empty();

@@ -36,7 +36,7 @@ pub type Args = [u64; 5];
 pub enum Outcome {
     /// With this result.
     Done(u64),
-    /// With this result, having left alone what decides about the next entry, as calls of [`TABLE`] do that are `quiet`.
+    /// With this result, having left alone what decides about the next entry, as the calls do that the table has as quiet ones.
     Quiet(u64),
     /// With this result, having posted an interrupt to the caller's own local APIC.
     Told(u64),

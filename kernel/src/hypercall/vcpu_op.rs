@@ -162,7 +162,7 @@ fn register_vcpu_info(
 ) -> Result<(), Errno> {
     const SIZE: usize = Piece::LEN;
     let offset = a.offset as usize;
-    if offset > PAGE_SIZE - SIZE || offset % 8 != 0 {
+    if offset > PAGE_SIZE - SIZE || !offset.is_multiple_of(8) {
         return Err(Errno::ENXIO);
     }
     if v.info_is_registered() {

@@ -17,6 +17,7 @@
 //! Used by `kernel/bare`, which supplies registers and memory as [`AmdHw`].
 
 use alloc::collections::BTreeMap;
+use alloc::collections::btree_map::Entry;
 use alloc::vec::Vec;
 use core::fmt;
 
@@ -219,10 +220,10 @@ impl State {
         units: usize,
         domid: u16,
     ) -> Result<&mut Context, Exhausted> {
-        if !self.contexts.contains_key(&domid) {
-            self.contexts.insert(domid, Context::new(hw, units)?);
+        match self.contexts.entry(domid) {
+            Entry::Occupied(e) => Ok(e.into_mut()),
+            Entry::Vacant(e) => Ok(e.insert(Context::new(hw, units)?)),
         }
-        self.contexts.get_mut(&domid).ok_or(Exhausted)
     }
 }
 

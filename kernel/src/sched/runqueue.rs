@@ -331,6 +331,7 @@ impl<E> RunQueues<E> {
             .map_or(now_in, |i| i as u32)
     }
 
+    #[expect(clippy::type_complexity, reason = "said once")]
     fn lock_unit(&self, u: &SchedUnit) -> Option<(u32, &Queue<E>, Guard<'_, Inner<E>>)> {
         loop {
             let n = u.queue.load(Ordering::Acquire);
