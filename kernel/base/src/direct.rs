@@ -1,5 +1,6 @@
 //! Words of machine frames where this program has RAM mapped, for the paths that are taken most: no
-//! indirect call, and for a [`KnownWord`] no question whether it is RAM.
+//! indirect call, and no question whether it is RAM for what has been asked before: a [`KnownWord`],
+//! [`KnownBytes`] at any alignment, and a [`Piece`] of several words, which may [move](MovingPiece).
 //!
 //! The functions do what those of [`HostMem`] of the same names do, and leave to it what they cannot
 //! do: everything, where no window was [opened](open), as in host tests. When guests' memory is to

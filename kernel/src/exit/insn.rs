@@ -109,8 +109,9 @@ pub fn length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<u8> {
     known_length(cx, given, kind).map(NonZeroU8::get)
 }
 
+/// The same, as the cache has it.
 #[inline(always)]
-pub(super) fn known_length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<NonZeroU8> {
+fn known_length(cx: &mut Cx<'_>, given: u8, kind: Kind) -> Option<NonZeroU8> {
     if given != 0 {
         return NonZeroU8::new(given);
     }

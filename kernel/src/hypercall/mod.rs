@@ -36,7 +36,8 @@ pub type Args = [u64; 5];
 pub enum Outcome {
     /// With this result.
     Done(u64),
-    /// With this result, having left alone what decides about the next entry, as the calls do that the table has as quiet ones.
+    /// With this result, having left alone what decides about the next entry, as the calls do that the
+    /// table has as quiet ones.
     Quiet(u64),
     /// With this result, having posted an interrupt to the caller's own local APIC.
     Told(u64),
@@ -85,6 +86,7 @@ impl End {
         End { after, value }
     }
 
+    /// Of a call that has been refused before it did anything.
     const fn failed(e: Errno) -> End {
         End {
             after: After::Quiet,

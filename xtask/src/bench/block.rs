@@ -24,11 +24,9 @@ const REQUESTS: u64 = 1000;
 /// Those runs, of the guest and of dom0; `small-init` makes as many.
 const RUNS: usize = 3;
 
-/// The guest's ramdisk gets the marker, which its init runs where it finds one.
+/// What dom0 runs, behind [`counter::FLUSHES`]. The guest's ramdisk gets the marker, which its init runs where it
+/// finds one.
 const SCRIPT: &str = r#"
-flushes() {
-  xenperf 2> /dev/null | sed -n 's/^TLB flushes.*T= *\([0-9]*\).*/\1/p'
-}
 guest() {
   sed "s/^extra.*/extra = \"console=hvc0 quiet bench=$1\"/; s/^ramdisk.*/ramdisk = \"\/root\/initrd.img\"/; /^vif/d" \
     /etc/xen/small.cfg > /root/block.cfg
@@ -90,18 +88,20 @@ impl Cost {
 /// Boots, and measures.
 pub fn measure(name: &str, hypervisor: &Hypervisor) -> Result<Cost> {
     let marker = counter::marker().0;
+    let script = [counter::FLUSHES, SCRIPT].concat();
     let mut marked = Cpio::new();
     marked.file("mark", 0o755, &marker);
     let dom0 = machine::ramdisk(
         "block",
         &[
-            ("root/micro.sh", 0o755, SCRIPT.as_bytes()),
+            ("root/micro.sh", 0o755, script.as_bytes()),
             ("root/mark", 0o755, &marker),
             ("root/mark.cpio", 0o644, &marked.finish()),
         ],
     )?;
     let cmdline = format!("{} micro=start", toolstack::CMDLINE);
-    let contents = hypervisor.contents(OPTIONS, &cmdline, &dom0.kernel, Some(&dom0.initrd));
+    let contents =
+        hypervisor.contents(counter::OPTIONS, &cmdline, &dom0.kernel, Some(&dom0.initrd));
     let (mut with, mut without) = (None, None);
     let ways = counter::between_markers(&format!("block-{name}"), &contents, |line| {
         with = with.or(after(line, "MICRO-FLUSHES block "));
@@ -110,10 +110,6 @@ pub fn measure(name: &str, hypervisor: &Hypervisor) -> Result<Cost> {
     })?;
     Cost::new(&ways, with.zip(without)).with_context(|| name.to_owned())
 }
-
-/// Galvan's options; stock Xen's are the same.
-const OPTIONS: &str =
-    "com1=115200,8n1 console=com1 dom0_mem=1024M dom0_max_vcpus=1 loglvl=warning guest_loglvl=all";
 
 /// The number behind words that begin a line.
 fn after(line: &str, words: &str) -> Option<u64> {
@@ -149,8 +145,7 @@ pub fn remark(both: &Both<&Cost>) -> String {
         )
     });
     format!(
-        "- a read by a guest (dom0's backend included) and one by dom0 from the same file in memory, by the same
-  \
+        "- a read by a guest (dom0's backend included) and one by dom0 from the same file in memory, by the same\n  \
          plugin: {} on Galvan,\n  {} on Xen\n",
         both.galvan,
         both.xen.as_deref().unwrap_or("-")
@@ -176,8 +171,16 @@ mod tests {
             own: 0,
             entries,
         };
-        let guest = [way(60_000_000, 5000), way(52_000_000, 4100), way(53_000_000, 4000)];
-        let dom0 = [way(20_000_000, 100), way(19_000_000, 120), way(21_000_000, 90)];
+        let guest = [
+            way(60_000_000, 5000),
+            way(52_000_000, 4100),
+            way(53_000_000, 4000),
+        ];
+        let dom0 = [
+            way(20_000_000, 100),
+            way(19_000_000, 120),
+            way(21_000_000, 90),
+        ];
         let cost = Cost::new(&[guest, dom0].concat(), Some((6100, 100))).unwrap();
         assert_eq!(cost.beyond(), [33_000, 4]);
         assert_eq!(cost.flushes, Some(2.0));

@@ -20,16 +20,20 @@ use crate::{paths, sh, toolstack};
 const GUEST: &str = "guest";
 /// The entry of the hypervisor's UEFI application.
 const LOADER: &str = "loader";
-/// The program that dom0 runs ahead of `xl create`.
-const CREATE: &str = "create";
+/// The program that is run where a count begins or ends: [`marker`].
+const MARKER: &str = "marker";
 /// How many guests are made; the least counts.
 const GUESTS: usize = 3;
 
-/// The micro-guest with an operation it has not ends at once. Stock Xen has no counters for `xenperf`.
-const SCRIPT: &str = r#"
+/// A function for scripts in dom0: how often Galvan has flushed TLBs. Stock Xen has no counters for `xenperf`.
+pub const FLUSHES: &str = r#"
 flushes() {
   xenperf 2> /dev/null | sed -n 's/^TLB flushes.*T= *\([0-9]*\).*/\1/p'
 }
+"#;
+
+/// What dom0 runs, behind [`FLUSHES`]. The micro-guest with an operation it has not ends at once.
+const SCRIPT: &str = r#"
 cat > /root/first.cfg <<X
 type="pvh"
 name="first"
@@ -56,7 +60,7 @@ echo "MICRO-DONE"
 "#;
 
 /// Options of both hypervisors for a dom0 with the toolstack.
-const OPTIONS: &str =
+pub const OPTIONS: &str =
     "com1=115200,8n1 console=com1 dom0_mem=1024M dom0_max_vcpus=1 loglvl=warning guest_loglvl=all";
 const MEMORY: u32 = 2048;
 const SILENCE: Duration = Duration::from_secs(500);
@@ -160,7 +164,7 @@ fn to_dom0(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<Way> {
 fn to_guest(name: &str, hypervisor: &Hypervisor, guest: &Path) -> Result<(Way, Option<u64>)> {
     let (text, flushes) = created(&format!("create-{name}"), hypervisor, guest, None)?;
     let hits: Vec<Hit> = text.lines().filter_map(Hit::parse).collect();
-    let ways = ways(&hits, CREATE);
+    let ways = ways(&hits, MARKER);
     ensure!(
         ways.len() == GUESTS,
         "{name}: the counter has seen {hits:?}"
@@ -175,7 +179,7 @@ pub fn profile_create(hypervisor: &Hypervisor, guest: &Path) -> Result<()> {
     let code = symbols.range().context("the hypervisor has no code")?;
     let (text, _) = created("create-profile", hypervisor, guest, Some(code))?;
     let lines: Vec<&str> = text.lines().collect();
-    let start = lines.iter().rposition(|l| l.starts_with(CREATE));
+    let start = lines.iter().rposition(|l| l.starts_with(MARKER));
     let steps = lines[start.context("the counter has seen no guest made")? + 1..]
         .iter()
         .map_while(|line| line.strip_prefix('@')?.split_once(' '))
@@ -193,17 +197,18 @@ fn created(
 ) -> Result<(String, Option<u64>)> {
     let bench = fs::read(guest)?;
     let (program, place) = marker();
+    let script = [FLUSHES, SCRIPT].concat();
     let dom0 = machine::ramdisk(
         "create",
         &[
-            ("root/micro.sh", 0o755, SCRIPT.as_bytes()),
+            ("root/micro.sh", 0o755, script.as_bytes()),
             ("root/bench", 0o755, &bench),
             ("root/mark", 0o755, &program),
         ],
     )?;
     let cmdline = format!("{} micro=start", toolstack::CMDLINE);
     let contents = hypervisor.contents(OPTIONS, &cmdline, &dom0.kernel, Some(&dom0.initrd));
-    let marks = [(CREATE, place), (GUEST, entry_of(guest)?)];
+    let marks = [(MARKER, place), (GUEST, entry_of(guest)?)];
     let mut flushes = None;
     let text = counter(name, &contents, &marks, code, |line| {
         let counted = line.trim().strip_prefix("MICRO-FLUSHES ");
@@ -262,7 +267,7 @@ pub fn between_markers(
     contents: &crate::esp::Contents,
     last: impl FnMut(&str) -> bool,
 ) -> Result<Vec<Way>> {
-    let hits = counted(name, contents, &[(CREATE, marker().1)], last)?;
+    let hits = counted(name, contents, &[(MARKER, marker().1)], last)?;
     Ok(hits.chunks_exact(2).map(|two| two[0].to(&two[1])).collect())
 }
 
@@ -456,6 +461,6 @@ mod tests {
             own: 25,
             entries: 7,
         };
-        assert_eq!(ways(&hits, CREATE), [way]);
+        assert_eq!(ways(&hits, MARKER), [way]);
     }
 }
