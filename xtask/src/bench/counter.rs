@@ -453,7 +453,7 @@ mod tests {
 
     #[test]
     fn a_way_goes_from_its_start_to_the_next_guest() {
-        let text = "guest 5 5 0\ncreate 10 4 1\ncreate 20 5 2\nguest 90 30 9\nbad\nguest 95 31 9\n";
+        let text = "guest 5 5 0\nmarker 10 4 1\nmarker 20 5 2\nguest 90 30 9\nbad\nguest 95 31 9\n";
         let hits: Vec<Hit> = text.lines().filter_map(Hit::parse).collect();
         assert_eq!(hits.len(), 5);
         let way = Way {
