@@ -5,7 +5,7 @@
 //! (AMD APM "Determining Support for SVM", "CPUID Fn8000_000A SVM Features", "Enabling SVM".)
 
 use galvan_base::PageOrder;
-use galvan_base::state::{EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE};
+use galvan_base::state::{EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr4_of};
 
 use crate::fpu::XsaveLayout;
 use crate::msr;
@@ -189,7 +189,8 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
         features,
         asids,
         phys_bits,
-        cr4_valid: cr4_valid(raw),
+        // CET is left out: its registers are not switched.
+        cr4_valid: cr4_of(&raw.leaf1, &raw.leaf7),
         efer_valid: EFER_SCE
             | EFER_LME
             | EFER_LMA
@@ -208,36 +209,6 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
         mcommit: raw.ext8[1] & EXT8_EBX_MCOMMIT != 0,
         invlpgb: raw.ext8[1] & EXT8_EBX_INVLPGB != 0,
     })
-}
-
-/// The CR4 bits that VMRUN accepts: those whose feature the processor has (AMD APM "CR4
-/// Register").
-fn cr4_valid(raw: &Raw) -> u64 {
-    // (CR4 bits, CPUID word, its bit)
-    let table: [(u64, u32, u32); 17] = [
-        (0b11, raw.leaf1[3], 1),     // VME, PVI: VME
-        (1 << 2, raw.leaf1[3], 4),   // TSD: TSC
-        (1 << 3, raw.leaf1[3], 2),   // DE
-        (1 << 4, raw.leaf1[3], 3),   // PSE
-        (1 << 5, raw.leaf1[3], 6),   // PAE
-        (1 << 6, raw.leaf1[3], 7),   // MCE
-        (1 << 7, raw.leaf1[3], 13),  // PGE
-        (1 << 9, raw.leaf1[3], 24),  // OSFXSR: FXSR
-        (1 << 10, raw.leaf1[3], 25), // OSXMMEXCPT: SSE
-        (1 << 11, raw.leaf7[2], 2),  // UMIP
-        (1 << 12, raw.leaf7[2], 16), // LA57
-        (1 << 16, raw.leaf7[1], 0),  // FSGSBASE
-        (1 << 17, raw.leaf1[2], 17), // PCIDE
-        (1 << 18, raw.leaf1[2], 26), // OSXSAVE
-        (1 << 20, raw.leaf7[1], 7),  // SMEP
-        (1 << 21, raw.leaf7[1], 20), // SMAP
-        (1 << 22, raw.leaf7[2], 3),  // PKE
-    ];
-    // PCE is there on every processor with SVM. CET is left out: its registers are not switched.
-    table
-        .iter()
-        .filter(|(_, word, bit)| word >> bit & 1 != 0)
-        .fold(1 << 8, |all, (bits, ..)| all | bits)
 }
 
 #[cfg(test)]

@@ -8,7 +8,7 @@
 use core::fmt;
 
 use galvan_base::PageOrder;
-use galvan_base::state::{CR0_PE, CR0_PG, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE};
+use galvan_base::state::{CR0_PE, CR0_PG, CR4_PKE, EFER_LMA, EFER_LME, EFER_NXE, EFER_SCE, cr4_of};
 
 use crate::msr;
 use galvan_base::fpu::XsaveLayout;
@@ -41,7 +41,9 @@ impl Features {
             "vpid" => Self::VPID,
             "pausefilter" => Self::PAUSE_LOOP,
             // What follows from the first goes with it.
-            "apicv" => Self::VIRTUAL_EOI.union(Self::APIC_REGISTERS).union(Self::APIC_PAGE),
+            "apicv" => Self::VIRTUAL_EOI
+                .union(Self::APIC_REGISTERS)
+                .union(Self::APIC_PAGE),
             "apicpage" => Self::APIC_PAGE,
             "virtualintr" => Self::VIRTUAL_INTERRUPTS,
             "posted" => Self::POSTED,
@@ -427,7 +429,10 @@ impl fmt::Display for Caps {
                 self.features.contains(Features::VIRTUAL_INTERRUPTS),
                 "virtual-interrupt delivery",
             ),
-            (self.features.contains(Features::POSTED), "posted interrupts"),
+            (
+                self.features.contains(Features::POSTED),
+                "posted interrupts",
+            ),
             (self.largest_page == PageOrder::P1G, "1 GiB pages"),
             (self.xsave.is_some(), "XSAVE"),
             (self.tsc_aux, "RDTSCP"),
@@ -519,8 +524,7 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
         may(raw.secondary, DELIVERY) && !off.contains(Features::VIRTUAL_EOI),
     );
     let apic = features.contains(Features::VIRTUAL_EOI);
-    let page =
-        may(raw.secondary, secondary::APIC_ACCESSES) && !off.contains(Features::APIC_PAGE);
+    let page = may(raw.secondary, secondary::APIC_ACCESSES) && !off.contains(Features::APIC_PAGE);
     features.set(Features::APIC_PAGE, page);
     features.set(
         Features::APIC_REGISTERS,
@@ -630,7 +634,8 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
         phys_bits,
         cr0_one: raw.cr0_fixed0 & !(CR0_PE | CR0_PG),
         cr4_one: raw.cr4_fixed0,
-        cr4_valid: cr4_valid(raw) & raw.cr4_fixed1 & !raw.cr4_fixed0,
+        // Not VMX and SMX, which guests do not have, nor PKE and CET, whose registers are not switched.
+        cr4_valid: cr4_of(&raw.leaf1, &raw.leaf7) & !CR4_PKE & raw.cr4_fixed1 & !raw.cr4_fixed0,
         efer_valid: EFER_SCE
             | EFER_LME
             | EFER_LMA
@@ -655,36 +660,6 @@ pub fn settle(raw: &Raw, off: Features) -> Result<Caps, Unsupported> {
         invvpid_single,
         length_0: raw.misc & MISC_LENGTH_0 != 0,
     })
-}
-
-/// The CR4 bits a guest may have: those whose feature the processor has (Intel SDM "Control
-/// Registers"). Not VMX and SMX, which guests do not have, nor PKE and CET, whose registers are not
-/// switched.
-fn cr4_valid(raw: &Raw) -> u64 {
-    // (CR4 bits, CPUID word, its bit)
-    let table: [(u64, u32, u32); 16] = [
-        (0b11, raw.leaf1[3], 1),     // VME, PVI: VME
-        (1 << 2, raw.leaf1[3], 4),   // TSD: TSC
-        (1 << 3, raw.leaf1[3], 2),   // DE
-        (1 << 4, raw.leaf1[3], 3),   // PSE
-        (1 << 5, raw.leaf1[3], 6),   // PAE
-        (1 << 6, raw.leaf1[3], 7),   // MCE
-        (1 << 7, raw.leaf1[3], 13),  // PGE
-        (1 << 9, raw.leaf1[3], 24),  // OSFXSR: FXSR
-        (1 << 10, raw.leaf1[3], 25), // OSXMMEXCPT: SSE
-        (1 << 11, raw.leaf7[2], 2),  // UMIP
-        (1 << 12, raw.leaf7[2], 16), // LA57
-        (1 << 16, raw.leaf7[1], 0),  // FSGSBASE
-        (1 << 17, raw.leaf1[2], 17), // PCIDE
-        (1 << 18, raw.leaf1[2], 26), // OSXSAVE
-        (1 << 20, raw.leaf7[1], 7),  // SMEP
-        (1 << 21, raw.leaf7[1], 20), // SMAP
-    ];
-    // PCE is there on every processor with VMX.
-    table
-        .iter()
-        .filter(|(_, word, bit)| word >> bit & 1 != 0)
-        .fold(1 << 8, |all, (bits, ..)| all | bits)
 }
 
 #[cfg(test)]

@@ -9,7 +9,7 @@ use core::arch::asm;
 use core::fmt::Debug;
 
 use galvan_base::Mpa;
-use galvan_base::fpu::FpuArea;
+use galvan_base::fpu::{self, FpuArea};
 use galvan_base::state::Gprs;
 
 use crate::accesses::{Access, count};
@@ -378,44 +378,20 @@ impl Cpu for Real {
 
     #[inline]
     fn set_xcr0(self, v: u64) {
-        // SAFETY: `fpu::legal_xcr0` has made the value one that the processor takes.
-        unsafe {
-            asm!("xsetbv", in("ecx") 0, in("eax") v as u32, in("edx") (v >> 32) as u32,
-                options(nomem, nostack, preserves_flags));
-        }
+        // SAFETY: called only where `enable_fpu` has enabled XSAVE, with what `legal_xcr0` has made legal.
+        unsafe { fpu::set_xcr0(v) }
     }
 
     #[inline]
     fn save_fpu(self, area: &mut FpuArea) {
-        let p = area.as_mut_ptr();
-        match area.mask() {
-            // SAFETY: the area is 64-byte aligned and as long as CPUID says the mask needs.
-            Some(mask) => unsafe {
-                asm!("xsave64 [{}]", in(reg) p, in("eax") mask as u32, in("edx") (mask >> 32) as u32,
-                    options(nostack, preserves_flags));
-            },
-            // SAFETY: the area is 512 bytes long and aligned.
-            None => unsafe {
-                asm!("fxsave64 [{}]", in(reg) p, options(nostack, preserves_flags));
-            },
-        }
+        // SAFETY: `enable_fpu` has enabled what the layout of all areas needs, which is of this machine.
+        unsafe { area.save() }
     }
 
     #[inline]
     fn restore_fpu(self, area: &mut FpuArea) {
-        let p = area.as_mut_ptr();
-        match area.mask() {
-            // SAFETY: as in `save_fpu`; `FpuArea` keeps what the processor would refuse out of the
-            // image. The host uses no register that is overwritten (promise 2).
-            Some(mask) => unsafe {
-                asm!("xrstor64 [{}]", in(reg) p, in("eax") mask as u32,
-                    in("edx") (mask >> 32) as u32, options(nostack, preserves_flags));
-            },
-            // SAFETY: as above.
-            None => unsafe {
-                asm!("fxrstor64 [{}]", in(reg) p, options(nostack, preserves_flags));
-            },
-        }
+        // SAFETY: as above; the host uses no register that is overwritten (promise 2).
+        unsafe { area.load() }
     }
 
     fn dr(self) -> [u64; 5] {

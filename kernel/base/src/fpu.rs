@@ -3,9 +3,14 @@
 //!
 //! What comes from a save record is made fit for XRSTOR here, which would otherwise fault in the
 //! hypervisor. Used by the vendor crates. (AMD APM "XSAVE Area", "Extended Control Register (XCR0)".)
+//!
+//! UNSAFETY: the instructions that move the state, which the compiler has none for where the host uses
+//! no vector registers.
+#![allow(unsafe_code, reason = "XSAVE, XRSTOR, XSETBV")]
 
 use alloc::boxed::Box;
 use alloc::vec;
+use core::arch::asm;
 
 /// x87, SSE, AVX and the three parts of AVX-512: what guests can be given. Not PKRU, MPX, LWP.
 const OFFERED: u64 = X87 | SSE | AVX | AVX512;
@@ -61,6 +66,20 @@ pub fn legal_xcr0(v: u64, max: u64) -> u64 {
     v
 }
 
+/// Writes XCR0.
+///
+/// # Safety
+/// XSAVE is enabled, the value is [legal](legal_xcr0) on this processor, and the program uses none of what it
+/// enables or disables.
+#[inline]
+pub unsafe fn set_xcr0(v: u64) {
+    // SAFETY: as above.
+    unsafe {
+        asm!("xsetbv", in("ecx") 0, in("eax") v as u32, in("edx") (v >> 32) as u32,
+            options(nomem, nostack, preserves_flags));
+    }
+}
+
 #[derive(Clone, Copy)]
 #[repr(C, align(64))]
 struct Block([u8; 64]);
@@ -86,9 +105,44 @@ impl FpuArea {
         area
     }
 
-    /// Where XSAVE and XRSTOR, or FXSAVE and FXRSTOR, find it: 64-byte aligned.
-    pub fn as_mut_ptr(&mut self) -> *mut u8 {
-        self.blocks.as_mut_ptr().cast()
+    /// Saves what is in the processor.
+    ///
+    /// # Safety
+    /// The layout is this processor's. SSE is enabled, and with it XSAVE where the area is XSAVE's.
+    #[inline]
+    pub unsafe fn save(&mut self) {
+        let p = self.blocks.as_mut_ptr();
+        match self.mask() {
+            // SAFETY: the area is 64-byte aligned and as long as CPUID says the mask needs.
+            Some(mask) => unsafe {
+                asm!("xsave64 [{}]", in(reg) p, in("eax") mask as u32, in("edx") (mask >> 32) as u32,
+                    options(nostack, preserves_flags));
+            },
+            // SAFETY: the area is 512 bytes long and aligned.
+            None => unsafe {
+                asm!("fxsave64 [{}]", in(reg) p, options(nostack, preserves_flags));
+            },
+        }
+    }
+
+    /// Puts it into the processor.
+    ///
+    /// # Safety
+    /// As for [`FpuArea::save`], and the program uses none of the registers that are overwritten.
+    #[inline]
+    pub unsafe fn load(&mut self) {
+        let p = self.blocks.as_mut_ptr();
+        match self.mask() {
+            // SAFETY: as in `save`; `set` keeps what the processor would refuse out of the image.
+            Some(mask) => unsafe {
+                asm!("xrstor64 [{}]", in(reg) p, in("eax") mask as u32,
+                    in("edx") (mask >> 32) as u32, options(nostack, preserves_flags));
+            },
+            // SAFETY: as above.
+            None => unsafe {
+                asm!("fxrstor64 [{}]", in(reg) p, options(nostack, preserves_flags));
+            },
+        }
     }
 
     /// The states in it; `None` where it is FXSAVE's.
@@ -215,6 +269,21 @@ mod tests {
         assert_eq!(b[24..28], [0xff, 0xff, 0, 0], "reserved MXCSR bits");
         assert_eq!(b[512..520], [7, 0, 0, 0, 0, 0, 0, 0], "unknown states");
         assert!(b[520..576].iter().all(|&x| x == 0), "format and reserved");
+    }
+
+    #[test]
+    fn what_is_in_the_processor_is_saved() {
+        let mut a = FpuArea::new(None);
+        a.set(&[0; LEGACY]);
+        // SAFETY: every 64-bit program has SSE, and the area is FXSAVE's.
+        unsafe { a.save() };
+        let b = bytes(&a);
+        assert_eq!(
+            b[24..28],
+            MXCSR_RESET.to_le_bytes(),
+            "as programs start with"
+        );
+        assert_eq!(b[..2], FCW_RESET.to_le_bytes());
     }
 
     #[test]

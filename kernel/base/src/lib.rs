@@ -5,7 +5,7 @@
 //! (`svm`, `vmx`) and the policy (`kernel`) meet only through the traits of [`hw`]: the vendor
 //! extracts facts from an exit, the policy decides what they mean.
 //!
-//! The only `unsafe` of this crate is in [`page`] and [`direct`].
+//! The only `unsafe` of this crate is in [`page`], [`direct`] and [`fpu`].
 #![no_std]
 #![deny(unsafe_code)]
 

@@ -175,6 +175,8 @@ pub const RFLAGS_RF: u64 = 1 << 16;
 
 /// CR4.LA57
 pub const CR4_LA57: u64 = 1 << 12;
+/// CR4.PKE
+pub const CR4_PKE: u64 = 1 << 22;
 /// RFLAGS.VM
 pub const RFLAGS_VM: u64 = 1 << 17;
 /// RFLAGS bits that exist; bit 1 is always set.
@@ -189,6 +191,36 @@ pub fn rip_fits(rip: u64, code_64: bool, bits: u32) -> bool {
     } else {
         rip >> 32 == 0
     }
+}
+
+/// CR4's bits for which a processor with these CPUID leaves 1 and 7 has the feature, but CET, VMX and SMX (AMD APM
+/// "CR4 Register", Intel SDM "Control Registers").
+pub fn cr4_of(leaf1: &[u32; 4], leaf7: &[u32; 4]) -> u64 {
+    // (CR4 bits, CPUID word, its bit)
+    let table: [(u64, u32, u32); 17] = [
+        (0b11, leaf1[3], 1),   // VME, PVI: VME
+        (1 << 2, leaf1[3], 4), // TSD: TSC
+        (1 << 3, leaf1[3], 2), // DE
+        (CR4_PSE, leaf1[3], 3),
+        (CR4_PAE, leaf1[3], 6),
+        (1 << 6, leaf1[3], 7),   // MCE
+        (1 << 7, leaf1[3], 13),  // PGE
+        (1 << 9, leaf1[3], 24),  // OSFXSR: FXSR
+        (1 << 10, leaf1[3], 25), // OSXMMEXCPT: SSE
+        (1 << 11, leaf7[2], 2),  // UMIP
+        (CR4_LA57, leaf7[2], 16),
+        (1 << 16, leaf7[1], 0),  // FSGSBASE
+        (1 << 17, leaf1[2], 17), // PCIDE
+        (CR4_OSXSAVE, leaf1[2], 26),
+        (1 << 20, leaf7[1], 7),  // SMEP
+        (1 << 21, leaf7[1], 20), // SMAP
+        (CR4_PKE, leaf7[2], 3),
+    ];
+    // PCE is there on every processor with SVM or VMX.
+    table
+        .iter()
+        .filter(|(_, word, bit)| word >> bit & 1 != 0)
+        .fold(1 << 8, |all, (bits, ..)| all | bits)
 }
 
 /// How many bits of a linear address count.
