@@ -75,6 +75,8 @@ pub struct Console {
     plain: Plain,
     /// Text that no `expect` has consumed yet.
     text: String,
+    /// Up to here nothing in it is fatal: it is not looked through again for each piece that comes.
+    harmless: usize,
     /// Bytes that end in the middle of a character.
     odd: Vec<u8>,
     /// The line that the log has not got yet.
@@ -118,6 +120,7 @@ impl Console {
             output: receiver,
             plain: Plain::default(),
             text: String::new(),
+            harmless: 0,
             odd: Vec::new(),
             line: String::new(),
             log,
@@ -150,6 +153,7 @@ impl Console {
                 let groups = groups(&found);
                 let end = found.get(0).map_or(0, |m| m.end());
                 self.text.drain(..end);
+                self.harmless = self.harmless.saturating_sub(end);
                 return Ok(groups);
             }
             self.check_fatal()?;
@@ -175,7 +179,10 @@ impl Console {
             self.check_fatal()?;
             match self.receive(until) {
                 Ok(()) => {}
-                Err(RecvTimeoutError::Disconnected) => return Ok(std::mem::take(&mut self.text)),
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.harmless = 0;
+                    return Ok(std::mem::take(&mut self.text));
+                }
                 Err(RecvTimeoutError::Timeout) => {
                     let pattern = "the machine going off".to_owned();
                     return Err(Fault::Timeout { pattern, waited }.into());
@@ -205,7 +212,10 @@ impl Console {
         self.expect(&format!(r"@@begin-{n}(\(galvan\) \[[^\n]*)?\n"), seconds)
             .with_context(|| format!("`{command}` was not started"))?;
         let found = self
-            .expect(&format!(r"(?s)\A(.*?)@@end-{n}-(\d+)"), seconds)
+            .expect(
+                &format!(r"(?s)\A(.*?)@@end-{n}-(\d+)(\(galvan\) \[[^\n]*)?\n"),
+                seconds,
+            )
             .with_context(|| format!("`{command}` did not end"))?;
         let hypervisor = Regex::new(r"\(galvan\) \[[^\n]*\n?").expect("a constant");
         let output = hypervisor
@@ -250,17 +260,25 @@ impl Console {
         self.end_line();
     }
 
-    fn check_fatal(&self) -> Result<()> {
-        if let Some(found) = self.fatal.as_ref().and_then(|f| f.find(&self.text)) {
-            let rest = &self.text[found.start()..];
+    fn check_fatal(&mut self) -> Result<()> {
+        let Some(fatal) = &self.fatal else {
+            return Ok(());
+        };
+        let new = &self.text[self.harmless..];
+        if let Some(found) = fatal.find(new) {
+            let rest = &new[found.start()..];
             return Err(Fault::Fatal(rest.lines().next().unwrap_or(rest).to_owned()).into());
         }
+        // The last line may go on.
+        self.harmless += new.rfind('\n').map_or(0, |end| end + 1);
         Ok(())
     }
 
+    /// Takes what has come, or waits for something.
     fn receive(&mut self, until: Instant) -> Result<(), RecvTimeoutError> {
         let left = until.saturating_duration_since(Instant::now());
-        let bytes = self.output.recv_timeout(left)?;
+        let mut bytes = self.output.recv_timeout(left)?;
+        bytes.extend(self.output.try_iter().flatten());
         self.odd.extend(self.plain.feed(&bytes));
         let whole = match std::str::from_utf8(&self.odd) {
             Ok(_) => self.odd.len(),
@@ -360,6 +378,27 @@ mod tests {
             shell("echo '[1.0] Kernel panic - not syncing: no init'; sleep 5");
         let fault = console.expect("never", 10).unwrap_err();
         assert!(fault.to_string().contains("no init"), "{fault}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_panic_is_seen_behind_much_text_and_in_pieces() {
+        let (mut child, mut console) = shell(
+            "seq 5000; printf 'Kernel pa'; sleep 0.1; echo 'nic - not syncing: cut'; sleep 5",
+        );
+        console.expect(r"\b4999\n", 10).unwrap();
+        let fault = console.expect("never", 10).unwrap_err();
+        assert!(fault.to_string().contains("not syncing: cut"), "{fault}");
+        child.kill().unwrap();
+        child.wait().unwrap();
+    }
+
+    #[test]
+    fn a_status_is_read_to_its_end() {
+        let script = "read line; echo '@@begin-1'; printf '@@end-1-1'; sleep 0.2; echo 27; sleep 1";
+        let (mut child, mut console) = shell(script);
+        assert_eq!(console.status_of("true", 10).unwrap().0, 127);
         child.kill().unwrap();
         child.wait().unwrap();
     }
