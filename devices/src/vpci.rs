@@ -502,7 +502,11 @@ impl Vpci {
         self.index_trapped();
         let others = self.windows_of_others(dev);
         let mut theirs = FrameSet::default();
-        for f in self.functions.values().filter(|f| f.dev != dev && f.memory == Gate::On) {
+        for f in self
+            .functions
+            .values()
+            .filter(|f| f.dev != dev && f.memory == Gate::On)
+        {
             theirs.extend(f.trapped_frames().into_ranges());
         }
         let Some(f) = self.functions.get_mut(&dev) else {

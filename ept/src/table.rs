@@ -6,8 +6,8 @@
 use core::ops::Range;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use galvan_base::hw::{Exhausted, HostMem, MemFault};
 use galvan_base::direct::KnownWord;
+use galvan_base::hw::{Exhausted, HostMem, MemFault};
 use galvan_base::{Gfn, Mfn, Mpa, PageOrder, direct};
 
 use crate::pte::{Slot, order_of};
@@ -210,7 +210,11 @@ impl Table {
             && let Some(table) = self.leaves.find(gfn)
         {
             let raw = ours(direct::load_u64(mem, table, offset(gfn, 0)));
-            return (self.format.frame(raw), self.format.decode_sw(raw), PageOrder::P4K);
+            return (
+                self.format.frame(raw),
+                self.format.decode_sw(raw),
+                PageOrder::P4K,
+            );
         }
         self.peek_from_root(mem, gfn)
     }
@@ -482,7 +486,13 @@ impl Table {
                         if a.read && entry.attrs.read {
                             new |= place.raw & used;
                         }
-                        let found = ours(direct::cmpxchg_u64(env.mem(), place.table, off, place.raw, new));
+                        let found = ours(direct::cmpxchg_u64(
+                            env.mem(),
+                            place.table,
+                            off,
+                            place.raw,
+                            new,
+                        ));
                         if found != place.raw {
                             // The processor has set an accessed or dirty bit meanwhile.
                             place.raw = found;
@@ -656,7 +666,13 @@ impl Table {
                 }
                 // Complete before it can be reached; a store by the processor to the accessed and
                 // dirty bits in between must not be lost.
-                let found = ours(direct::cmpxchg_u64(mem, table, off, raw, self.format.table(new, at)));
+                let found = ours(direct::cmpxchg_u64(
+                    mem,
+                    table,
+                    off,
+                    raw,
+                    self.format.table(new, at),
+                ));
                 if found == raw {
                     break;
                 }
@@ -739,9 +755,8 @@ impl Table {
         ) {
             (Slot::Leaf(o), Slot::Leaf(n)) => {
                 let cpu = matches!(self.format, Format::Npt | Format::Ept);
-                let same = n.mfn == o.mfn
-                    && n.attrs.covers(o.attrs)
-                    && (cpu || o.attrs.covers(n.attrs));
+                let same =
+                    n.mfn == o.mfn && n.attrs.covers(o.attrs) && (cpu || o.attrs.covers(n.attrs));
                 !same
             }
             _ => true,

@@ -40,7 +40,11 @@ impl Default for ConsoleRing {
 impl ConsoleRing {
     /// An empty ring.
     pub const fn new() -> Self {
-        Self(RankedLock::new(Ring { text: [0; RING_SIZE], produced: 0, cleared: 0 }))
+        Self(RankedLock::new(Ring {
+            text: [0; RING_SIZE],
+            produced: 0,
+            cleared: 0,
+        }))
     }
 
     /// Appends text; the oldest is forgotten.
@@ -145,7 +149,10 @@ impl ConsoleInput {
             to_hypervisor: false,
             keys: 0,
         };
-        ConsoleInput { typed: RankedLock::new(typed), has_keys: AtomicBool::new(false) }
+        ConsoleInput {
+            typed: RankedLock::new(typed),
+            has_keys: AtomicBool::new(false),
+        }
     }
 
     /// Takes a byte from the keyboard's side.
@@ -231,7 +238,10 @@ pub struct LineBuffer {
 
 impl Default for LineBuffer {
     fn default() -> Self {
-        LineBuffer { text: [0; 128], len: 0 }
+        LineBuffer {
+            text: [0; 128],
+            len: 0,
+        }
     }
 }
 
@@ -326,7 +336,10 @@ mod tests {
         assert_eq!(c.put(1), Key::Switched(true));
         assert_eq!(c.take_key(), None);
         assert_eq!([c.put(b'q'), c.put(b'h'), c.put(0xff)], [Key::Taken; 3]);
-        assert_eq!([c.take_key(), c.take_key(), c.take_key()], [Some(b'h'), Some(b'q'), None]);
+        assert_eq!(
+            [c.take_key(), c.take_key(), c.take_key()],
+            [Some(b'h'), Some(b'q'), None]
+        );
         assert_eq!([c.put(1), c.put(1)], [Key::Taken; 2]);
         assert_eq!(c.put(1), Key::Switched(false));
         assert_eq!(c.put(b'y'), Key::ForDom0);

@@ -13,10 +13,10 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 
-use galvan_base::sync::atomic::AtomicU32;
 use galvan_base::direct::KnownPage;
-use galvan_base::{Gfn, Mfn};
+use galvan_base::sync::atomic::AtomicU32;
 use galvan_base::sync::{RankedLock, RankedRwLock, rank};
+use galvan_base::{Gfn, Mfn};
 use galvan_dom0_proto::errno::Errno;
 use galvan_dom0_proto::sched::{SHUTDOWN_CODE_INVALID, SHUTDOWN_CRASH};
 use galvan_dom0_proto::xen::VIRQ_DOM_EXC;
@@ -426,7 +426,10 @@ impl Domain {
             evtchn: EventChannels::new(&config),
             gnttab: GrantTable::new(&config),
             params: RankedLock::new(Default::default()),
-            cpu_policy: DomainPolicy::new(hv.cpu_policy.default_for(config.hardware_domain, config.max_vcpus)),
+            cpu_policy: DomainPolicy::new(
+                hv.cpu_policy
+                    .default_for(config.hardware_domain, config.max_vcpus),
+            ),
             memory_map: RankedLock::new(Vec::new()),
             hardware,
             time_offset: AtomicI64::new(0),

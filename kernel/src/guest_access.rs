@@ -7,8 +7,8 @@
 
 use alloc::sync::Arc;
 
-use galvan_base::hw::PagingMode;
 use galvan_base::direct::KnownPage;
+use galvan_base::hw::PagingMode;
 use galvan_base::{Gfn, Gpa, Mpa, PAGE_SIZE};
 use galvan_dom0_proto::errno::Errno;
 use zerocopy::{FromBytes, Immutable, IntoBytes};

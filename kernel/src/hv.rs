@@ -109,8 +109,7 @@ impl CpuState {
     pub fn note(&self, c: HwCounts) {
         self.hidden_exits
             .fetch_add(c.hidden_exits, Ordering::Relaxed);
-        self.tlb_flushes
-            .fetch_add(c.tlb_flushes, Ordering::Relaxed);
+        self.tlb_flushes.fetch_add(c.tlb_flushes, Ordering::Relaxed);
         #[cfg(feature = "count-vmcs")]
         for (sum, n) in self.vmcs.iter().zip(c.vmcs) {
             sum.fetch_add(n, Ordering::Relaxed);

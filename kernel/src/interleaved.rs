@@ -14,9 +14,7 @@ use galvan_base::hw::{APIC_PAGE, HostMem, PagingMode, VirtualApic};
 use galvan_base::sync::step;
 use galvan_base::testing::{APIC_ACCESS_PAGE, FakeMachine};
 use galvan_base::{Gfn, Gpa, PageOrder};
-use shuttle::scheduler::{
-    PctScheduler, RandomScheduler, Schedule, Scheduler, Task, TaskId,
-};
+use shuttle::scheduler::{PctScheduler, RandomScheduler, Schedule, Scheduler, Task, TaskId};
 use shuttle::{Config, Runner, thread};
 
 use crate::guest_access::Access;
@@ -101,7 +99,12 @@ impl Scheduler for StandStill {
         Some(Schedule::new(0))
     }
 
-    fn next_task(&mut self, tasks: &[&Task], current: Option<TaskId>, yields: bool) -> Option<TaskId> {
+    fn next_task(
+        &mut self,
+        tasks: &[&Task],
+        current: Option<TaskId>,
+        yields: bool,
+    ) -> Option<TaskId> {
         let current = current.map_or(0, usize::from);
         let can = |id: usize| tasks.iter().any(|t| usize::from(t.id()) == id);
         if self.first == 0 && tasks.len() > 1 && can(current) {
@@ -347,7 +350,8 @@ fn a_vcpu_outside_xapic_mode_never_runs_where_the_apics_page_is_mapped() {
         let machine = FakeMachine::new(6).with_shown_apic();
         let w = World::on(Box::leak(Box::new(machine)), 2, |d| config(d == 0, 2));
         let d = w.dom(1);
-        let is_mapped = || d.p2m.lookup(Gpa::new_truncate(APIC_PAGE).frame()).mfn == APIC_ACCESS_PAGE;
+        let is_mapped =
+            || d.p2m.lookup(Gpa::new_truncate(APIC_PAGE).frame()).mfn == APIC_ACCESS_PAGE;
         thread::scope(|s| {
             for _ in 0..2 {
                 s.spawn(|| {
@@ -356,7 +360,11 @@ fn a_vcpu_outside_xapic_mode_never_runs_where_the_apics_page_is_mapped() {
             }
             s.spawn(|| {
                 w.with_cx(1, 1, |cx| {
-                    for (base, xapic) in [(0xfee0_0c00, false), (0xfee0_0000, false), (0xfee0_0800, true)] {
+                    for (base, xapic) in [
+                        (0xfee0_0c00, false),
+                        (0xfee0_0000, false),
+                        (0xfee0_0800, true),
+                    ] {
                         crate::exit::apic::wrmsr(cx, 0x1b, base).unwrap();
                         assert!(crate::upcall::prepare_entry(cx));
                         for _ in 0..3 {

@@ -43,4 +43,3 @@ pub mod upcall;
 pub mod vcpu;
 pub mod walk_cache;
 pub mod xen_version;
-

@@ -7,10 +7,10 @@
 use alloc::sync::Arc;
 use core::sync::atomic::Ordering;
 
-use galvan_base::{CpuId, PageOrder};
-use galvan_base::hw::VirtualApic;
 use galvan_base::exit::Exit;
+use galvan_base::hw::VirtualApic;
 use galvan_base::state::ArchState;
+use galvan_base::{CpuId, PageOrder};
 
 use crate::domain::Domain;
 use crate::exit::{self, Next};

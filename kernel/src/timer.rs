@@ -57,7 +57,9 @@ impl TimerQueues {
     /// had to be.
     #[inline(always)]
     pub fn expire(&self, hv: Hv, cpu: CpuId, now: Option<u64>) -> Option<u64> {
-        let Some(first) = self.0.first(cpu) else { return now };
+        let Some(first) = self.0.first(cpu) else {
+            return now;
+        };
         let now = now.unwrap_or_else(|| hv.hw.now_ns());
         if first <= now {
             self.wake_due(hv, cpu, first, now);

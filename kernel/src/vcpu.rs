@@ -14,12 +14,12 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::fmt;
 
+use galvan_base::Mpa;
 use galvan_base::direct::{MovingPiece, Piece};
 use galvan_base::hw::{HwVcpu, Posting, VcpuConfig, VirtualApic};
 use galvan_base::state::{ArchState, Gprs};
 use galvan_base::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use galvan_base::sync::{RankedLock, rank};
-use galvan_base::Mpa;
 use galvan_devices::vlapic::{self, Vlapic};
 
 use galvan_dom0_proto::errno::Errno;
@@ -371,7 +371,9 @@ impl Vcpu {
     /// interrupts lent. False if somebody has already, unnoticed by the processor: it must not be entered.
     #[inline]
     pub fn open_posting(&self) -> bool {
-        let Some(direct) = &self.direct else { return true };
+        let Some(direct) = &self.direct else {
+            return true;
+        };
         self.direct_open.store(true, Ordering::SeqCst);
         let none = !direct.any();
         if !none {

@@ -229,8 +229,7 @@ impl WalkCache {
         if !s.is_for(q) {
             return false;
         }
-        let (Some(page), Some(walked)) =
-            (s.page_at.get(), s.entries.get(..s.len.get().into()))
+        let (Some(page), Some(walked)) = (s.page_at.get(), s.entries.get(..s.len.get().into()))
         else {
             return false;
         };

@@ -198,9 +198,7 @@ pub fn decode(code: u64, raw: &impl Facts) -> Cause {
         code::SHUTDOWN => Exit::Shutdown,
         code::DR_READ0..=code::DR_WRITE15 => return Cause::DebugRegister,
         code::IRET => return Cause::Iret,
-        other if is_refusal(other) => Exit::EntryFailed {
-            vendor_code: other,
-        },
+        other if is_refusal(other) => Exit::EntryFailed { vendor_code: other },
         other => Exit::Unknown {
             vendor_code: other as u32,
             info: raw.info1(),
@@ -358,8 +356,13 @@ mod tests {
         let f = |info1| match exit(0x400, info1, 0xfee0_0300) {
             Exit::NestedFault(k, gpa) => {
                 assert_eq!(gpa.get(), 0xfee0_0300);
-                [FaultKind::PRESENT, FaultKind::WRITE, FaultKind::FETCH, FaultKind::WALK]
-                    .map(|bit| k.contains(bit))
+                [
+                    FaultKind::PRESENT,
+                    FaultKind::WRITE,
+                    FaultKind::FETCH,
+                    FaultKind::WALK,
+                ]
+                .map(|bit| k.contains(bit))
             }
             other => panic!("{other:?}"),
         };
@@ -410,12 +413,7 @@ mod tests {
     #[test]
     fn refusals_are_known_in_32_and_64_bits() {
         for code in [u64::MAX, 0xffff_ffff, u64::MAX - 1] {
-            assert_eq!(
-                exit(code, 0, 0),
-                Exit::EntryFailed {
-                    vendor_code: code
-                }
-            );
+            assert_eq!(exit(code, 0, 0), Exit::EntryFailed { vendor_code: code });
         }
     }
 

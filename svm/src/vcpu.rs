@@ -499,9 +499,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
         }
         let Some(cpu) = self.on else {
             debug_assert!(false, "vCPU entered without being loaded");
-            return Exit::EntryFailed {
-                vendor_code: 0,
-            };
+            return Exit::EntryFailed { vendor_code: 0 };
         };
         if self.rare {
             return self.enter_as_it_is(cpu, regs);

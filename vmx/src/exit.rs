@@ -202,9 +202,7 @@ pub fn decode(raw: u32, read: impl Fn(u32) -> u64, deliver: impl FnOnce()) -> Ca
             deliver();
             apic_access(read(field::QUALIFICATION))
         }
-        reason::APIC_WRITE => {
-            Exit::ApicWrite((read(field::QUALIFICATION) & apic::OFFSET) as u16)
-        }
+        reason::APIC_WRITE => Exit::ApicWrite((read(field::QUALIFICATION) & apic::OFFSET) as u16),
         reason::EOI => Exit::Eoi(read(field::QUALIFICATION) as u8),
         reason::PAUSE => Exit::Pause(len()),
         reason::XSETBV => Exit::Xsetbv(len()),
@@ -388,8 +386,13 @@ mod tests {
         let f = |q| match exit(48, &[(field::QUALIFICATION, q), (field::GPA, 0xfee0_0300)]) {
             Exit::NestedFault(k, gpa) => {
                 assert_eq!(gpa.get(), 0xfee0_0300);
-                [FaultKind::PRESENT, FaultKind::WRITE, FaultKind::FETCH, FaultKind::WALK]
-                    .map(|bit| k.contains(bit))
+                [
+                    FaultKind::PRESENT,
+                    FaultKind::WRITE,
+                    FaultKind::FETCH,
+                    FaultKind::WALK,
+                ]
+                .map(|bit| k.contains(bit))
             }
             other => panic!("{other:?}"),
         };
@@ -405,7 +408,8 @@ mod tests {
         let f = |q| match exit(44, &[(field::QUALIFICATION, q)]) {
             Exit::NestedFault(k, gpa) => {
                 assert!(k.contains(FaultKind::PRESENT));
-                let is = [FaultKind::WRITE, FaultKind::FETCH, FaultKind::WALK].map(|b| k.contains(b));
+                let is =
+                    [FaultKind::WRITE, FaultKind::FETCH, FaultKind::WALK].map(|b| k.contains(b));
                 (gpa.get(), is)
             }
             other => panic!("{other:?}"),
@@ -416,7 +420,10 @@ mod tests {
         assert_eq!(f(0x3ff8), (0xfee0_0ff8, [false; 3]), "of an event");
         assert_eq!(f(0xa018), (0xfee0_0018, [false, false, true]));
         assert_eq!(f(0x1_f018), (0xfee0_0018, [false, false, true]));
-        assert_eq!(exit(56, &[(field::QUALIFICATION, 0x350)]), Exit::ApicWrite(0x350));
+        assert_eq!(
+            exit(56, &[(field::QUALIFICATION, 0x350)]),
+            Exit::ApicWrite(0x350)
+        );
     }
 
     #[test]

@@ -502,7 +502,12 @@ impl<C: Cpu> Vcpu<C> {
             }
             let offset = (1u64 << shift) - 1;
             let at = e & ADDRESS & !offset | gpa & offset;
-            if self.vmx.apic_access.as_ref().is_some_and(|p| p.mpa().get() == at & !0xfff) {
+            if self
+                .vmx
+                .apic_access
+                .as_ref()
+                .is_some_and(|p| p.mpa().get() == at & !0xfff)
+            {
                 // A local APIC, and no memory.
                 return None;
             }
@@ -1512,10 +1517,17 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
     fn lend_interrupts(&mut self, lent: Option<&Lent>) {
         let useless = lent.is_some() && self.virtual_apic() == VirtualApic::None;
         if self.on.is_none() || useless {
-            debug_assert!(false, "interrupts lent to a processor that has no use for them");
+            debug_assert!(
+                false,
+                "interrupts lent to a processor that has no use for them"
+            );
             return;
         }
-        let mode = if lent.is_some() { Apic::X2 } else { Apic::Plain };
+        let mode = if lent.is_some() {
+            Apic::X2
+        } else {
+            Apic::Plain
+        };
         if mode != self.mode {
             self.switch_apic(mode);
         }

@@ -69,7 +69,11 @@ const OPERATIONS: &[Operation] = &[
     op("mmio-hole", "MMIO read of a hole", 2500),
     op("xapic-read", "xAPIC register read by MMIO", 2000),
     op("xapic-eoi", "xAPIC EOI by MMIO", 2000),
-    op("vcpu-switch", "one vCPU gives the CPU to another (SCHEDOP_yield)", 0),
+    op(
+        "vcpu-switch",
+        "one vCPU gives the CPU to another (SCHEDOP_yield)",
+        0,
+    ),
 ];
 
 /// Count what operations cost on Galvan and on stock Xen, in QEMU's deterministic clock.

@@ -186,8 +186,16 @@ impl Machine {
             self.smp,
             // As many instructions as Bochs allows before it is another processor's turn.
             if self.smp > 1 { " quantum=32," } else { "" },
-            if kind.sound { "sound: driver=dummy\n" } else { "" },
-            if self.trace.is_some() { "magic_break: enabled=1\n" } else { "" },
+            if kind.sound {
+                "sound: driver=dummy\n"
+            } else {
+                ""
+            },
+            if self.trace.is_some() {
+                "magic_break: enabled=1\n"
+            } else {
+                ""
+            },
             if self.network { NETWORK } else { "" },
             self.boot.display(),
             dir.join("bochs.log").display(),

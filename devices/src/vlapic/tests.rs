@@ -1066,7 +1066,10 @@ fn registers_to_show_are_what_an_emulated_read_gives() {
     // The rest of what the processor reads there is shown otherwise; all else must be emulated.
     let shown = |r: u32| all.iter().any(|(o, _)| u32::from(*o) == r << 4);
     for r in 0..0x40 {
-        let otherwise = matches!(r, reg::TPR | reg::APR | reg::PPR | reg::ISR..=reg::IRR_LAST | reg::TMCCT);
+        let otherwise = matches!(
+            r,
+            reg::TPR | reg::APR | reg::PPR | reg::ISR..=reg::IRR_LAST | reg::TMCCT
+        );
         let exists = a.read(r, T0).is_some() || r == reg::EOI;
         assert_eq!(shown(r), exists && !otherwise, "{r:#x}");
     }
@@ -1080,7 +1083,10 @@ fn what_a_processor_has_let_the_guest_write_is_taken_over() {
     a.set_shown(0x4f, 0xff00_0000_000c_1841);
     assert_eq!((a.tpr(), a.page(reg::TPR), a.cr8()), (0x4f, 0x4f, 4));
     assert_eq!(a.highest_pending(), None, "the priority counts");
-    assert_eq!((a.page(reg::ICR), a.page(reg::ICR2)), (0xc_0841, 0xff00_0000));
+    assert_eq!(
+        (a.page(reg::ICR), a.page(reg::ICR2)),
+        (0xc_0841, 0xff00_0000)
+    );
     a.set_shown(0, 0xff_ffff << 32);
     assert_eq!((a.page(reg::ICR2), a.highest_pending()), (0, Some(0x41)));
     assert_eq!(a.level_triggered(), [0; 4]);

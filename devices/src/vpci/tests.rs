@@ -643,7 +643,12 @@ fn a_bar_over_ram_is_refused_and_stays_undecoded() {
     w.write(NVME, 0x14, 4, 0);
     w.write(NVME, 0x10, 4, 0x0100_0000);
     w.write(NVME, 4, 2, 0x103);
-    let [.., Effect::MapBars { trapped, .. }, Effect::UnmapBars { frames, .. }] = &w.log[..] else {
+    let [
+        ..,
+        Effect::MapBars { trapped, .. },
+        Effect::UnmapBars { frames, .. },
+    ] = &w.log[..]
+    else {
         panic!("{:?}", w.log)
     };
     let run = |n, count| Frames {
@@ -651,7 +656,11 @@ fn a_bar_over_ram_is_refused_and_stays_undecoded() {
         count,
     };
     assert_eq!(trapped[..], [run(0x1002, 2)], "to be checked also");
-    assert_eq!(frames[..], [run(0x1000, 4)], "what the caller may have mapped before it refused");
+    assert_eq!(
+        frames[..],
+        [run(0x1000, 4)],
+        "what the caller may have mapped before it refused"
+    );
     assert_eq!(w.read(NVME, 4, 2) & 2, 0);
     assert_eq!(w.vpci.trapped_at(Gpa::new(0x0100_2000).unwrap()), None);
     // Nothing is written to the table at that address when MSI-X is enabled.
@@ -702,7 +711,8 @@ fn nothing_stays_mapped_for_a_request_that_was_answered_before() {
     };
     let more = w.vpci.bars_mapped(&w.hw, AHCI, false);
     w.act(more);
-    w.mapped.extend(frames.iter().flat_map(|f| f.start.get()..f.end()));
+    w.mapped
+        .extend(frames.iter().flat_map(|f| f.start.get()..f.end()));
     let more = w.vpci.bars_mapped(&w.hw, AHCI, true);
     w.act(more);
     assert!(w.maps_nothing_of(AHCI_BAR, 0x1000));

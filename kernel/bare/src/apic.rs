@@ -137,7 +137,11 @@ pub fn init_this_cpu() {
 
 /// The task priority at which the host runs: the held interrupt, where there is one, is below it.
 fn priority() -> u32 {
-    if crate::cpu::is_tcg() { u32::from(VECTOR_HELD & 0xf0) } else { 0 }
+    if crate::cpu::is_tcg() {
+        u32::from(VECTOR_HELD & 0xf0)
+    } else {
+        0
+    }
 }
 
 /// Lets the interrupt that [`init_this_cpu`] has made pending, on TCG, be seen, so that a guest's
@@ -229,7 +233,12 @@ pub fn calibrate_timer() {
         let after = crate::cpu::rdtsc();
         (count, before + (after - before) / 2, after - before)
     };
-    let tight = || (0..16).map(|_| sample()).min_by_key(|s| s.2).unwrap_or_default();
+    let tight = || {
+        (0..16)
+            .map(|_| sample())
+            .min_by_key(|s| s.2)
+            .unwrap_or_default()
+    };
     write(LVT_TIMER, MASKED);
     let mut best = (u64::MAX, 1, 1);
     for _ in 0..4 {
@@ -238,7 +247,11 @@ pub fn calibrate_timer() {
         crate::clock::spin_ns(SPAN);
         let (c1, t1, w1) = tight();
         if w0 + w1 < best.0 {
-            best = (w0 + w1, u64::from(c0.saturating_sub(c1)), scale.ticks_to_ns(t1 - t0).max(1));
+            best = (
+                w0 + w1,
+                u64::from(c0.saturating_sub(c1)),
+                scale.ticks_to_ns(t1 - t0).max(1),
+            );
         }
     }
     write(TIMER_INITIAL, 0);
@@ -248,7 +261,11 @@ pub fn calibrate_timer() {
         "local APIC: {}, timer {} kHz{}",
         if is_x2() { "x2APIC" } else { "xAPIC" },
         ticks * 16_000_000 / ns,
-        if DEADLINE.load(Ordering::Relaxed) { ", TSC deadline" } else { "" }
+        if DEADLINE.load(Ordering::Relaxed) {
+            ", TSC deadline"
+        } else {
+            ""
+        }
     );
 }
 

@@ -28,7 +28,9 @@ pub fn init(pm_timer: Option<u16>) {
         (&by_cpuid, "CPUID"),
         (&by_rtc, "the CMOS clock"),
     ];
-    let found = ways.iter().find_map(|(way, how)| Some((way().filter(|khz| *khz != 0)?, *how)));
+    let found = ways
+        .iter()
+        .find_map(|(way, how)| Some((way().filter(|khz| *khz != 0)?, *how)));
     let (khz, how) = found.unwrap_or((1_000_000, "nothing: no clock of this machine counts"));
     KHZ.store(khz, Ordering::Relaxed);
     let s = TscScale::from_khz(khz);

@@ -5,26 +5,25 @@ use alloc::string::String;
 use alloc::vec::Vec;
 use core::ops::Range;
 
-
 use galvan_base::state::ArchState;
 use galvan_base::{Gfn, Mfn, Mpa, PAGE_SIZE};
 use galvan_boot::info::{LoaderKind, MemoryKind, PhysRange};
 use galvan_dom0_proto::domctl::EmulationFlags;
 use galvan_kernel::cmdline::{Features, Options};
 use galvan_kernel::cpu_policy::{HostMsrs, HostPolicy, Setup, Virt, hidden_by};
-use galvan_kernel::domain::{Domain, DomainConfig};
 use galvan_kernel::dom0_build::acpi::dom0_tables;
 use galvan_kernel::dom0_build::bzimage::Kernel;
 use galvan_kernel::dom0_build::elf::Image;
 use galvan_kernel::dom0_build::layout::{self, Kind, Plan, Region, Request};
+use galvan_kernel::domain::{Domain, DomainConfig};
 use galvan_kernel::hv::{CpuState, Hypervisor};
 use galvan_kernel::mm::{FrameInfo, FrameTable, Owner};
 use galvan_kernel::p2m::P2mType;
 use galvan_kernel::vcpu::block;
 
-use crate::virt::Caps;
 use crate::platform::{Facts, MACHINE};
 use crate::start::{acpi, boot_info, bytes, memory_map, options};
+use crate::virt::Caps;
 
 const PAGE: u64 = PAGE_SIZE as u64;
 
@@ -34,7 +33,10 @@ fn host_regions() -> Vec<Region> {
         .iter()
         .map(|r| {
             let kind = match r.kind {
-                MemoryKind::USABLE | MemoryKind::LOADER | MemoryKind::MODULE | MemoryKind::HYPERVISOR_IMAGE => Kind::Usable,
+                MemoryKind::USABLE
+                | MemoryKind::LOADER
+                | MemoryKind::MODULE
+                | MemoryKind::HYPERVISOR_IMAGE => Kind::Usable,
                 MemoryKind::ACPI_RECLAIMABLE => Kind::Acpi,
                 MemoryKind::ACPI_NVS => Kind::Nvs,
                 MemoryKind::UNUSABLE => Kind::Unusable,
@@ -65,7 +67,12 @@ fn frames_touched(r: &Range<u64>) -> Range<Mfn> {
 /// The range must be RAM that nobody else uses now.
 unsafe fn memory(r: &Range<u64>) -> &'static mut [u8] {
     // SAFETY: by the caller's promise; the direct map covers all RAM.
-    unsafe { core::slice::from_raw_parts_mut(crate::paging::direct_ptr(Mpa::new_truncate(r.start)), (r.end - r.start) as usize) }
+    unsafe {
+        core::slice::from_raw_parts_mut(
+            crate::paging::direct_ptr(Mpa::new_truncate(r.start)),
+            (r.end - r.start) as usize,
+        )
+    }
 }
 
 /// Copies within physical memory; the ranges may overlap.
@@ -73,7 +80,10 @@ unsafe fn memory(r: &Range<u64>) -> &'static mut [u8] {
 /// # Safety
 /// The destination must be RAM that nobody else uses now.
 unsafe fn move_memory(to: u64, from: u64, len: u64) {
-    let (to, from) = (crate::paging::direct_ptr(Mpa::new_truncate(to)), crate::paging::direct_ptr(Mpa::new_truncate(from)));
+    let (to, from) = (
+        crate::paging::direct_ptr(Mpa::new_truncate(to)),
+        crate::paging::direct_ptr(Mpa::new_truncate(from)),
+    );
     // SAFETY: by the caller's promise.
     unsafe { core::ptr::copy(from, to, len as usize) };
 }
@@ -88,9 +98,17 @@ macro_rules! give_up {
 /// What guests may see of the processor.
 fn cpu_policy(caps: &Caps, options: &Options<'_>) -> HostPolicy {
     let mut virt = caps.guest_features();
-    virt.set(Virt::IOMMU_MAPPINGS, galvan_base::Platform::iommu(&MACHINE).is_some());
-    virt.set(Virt::TSC_RELIABLE, galvan_base::Platform::tsc_stable(&MACHINE));
-    let mut hidden = hidden_by(options.cpuid, &mut |word| log::warn!("cpuid={word}: no such feature, or not no-NAME"));
+    virt.set(
+        Virt::IOMMU_MAPPINGS,
+        galvan_base::Platform::iommu(&MACHINE).is_some(),
+    );
+    virt.set(
+        Virt::TSC_RELIABLE,
+        galvan_base::Platform::tsc_stable(&MACHINE),
+    );
+    let mut hidden = hidden_by(options.cpuid, &mut |word| {
+        log::warn!("cpuid={word}: no such feature, or not no-NAME")
+    });
     if options.no.contains(Features::PAGE1G) {
         hidden.insert(galvan_kernel::cpu_policy::Feature::PAGE1GB);
     }
@@ -117,7 +135,9 @@ pub fn run() -> ! {
     };
 
     // Modules.
-    let Some(kernel_module) = info.kernel() else { give_up!("the boot loader gives no kernel for dom0") };
+    let Some(kernel_module) = info.kernel() else {
+        give_up!("the boot loader gives no kernel for dom0")
+    };
     let kernel_name = match info.loader {
         LoaderKind::UEFI => "the file of kernel= in galvan.cfg",
         _ => "dom0's kernel, the boot loader's first module",
@@ -130,25 +150,51 @@ pub fn run() -> ! {
     let ramdisk = info.ramdisk().map_or(0..0, |m| range(m.data));
     let cmdline: Vec<u8> = bytes_of(kernel_module.cmdline).to_vec();
     let cmdline = dom0_cmdline(&cmdline, options.dom0_args);
-    let ramdisk_cmdline: Vec<u8> = info.ramdisk().map_or_else(Vec::new, |m| bytes_of(m.cmdline).to_vec());
+    let ramdisk_cmdline: Vec<u8> = info
+        .ramdisk()
+        .map_or_else(Vec::new, |m| bytes_of(m.cmdline).to_vec());
 
     // Memory: Galvan's own first, since what boot memory has given out is known only now.
     let host = host_regions();
-    let usable: Vec<Range<Mfn>> =
-        host.iter().filter(|r| r.kind == Kind::Usable).map(|r| frames(&r.range)).filter(|r| r.start < r.end).collect();
+    let usable: Vec<Range<Mfn>> = host
+        .iter()
+        .filter(|r| r.kind == Kind::Usable)
+        .map(|r| frames(&r.range))
+        .filter(|r| r.start < r.end)
+        .collect();
     let infos = frame_infos(FrameTable::infos_needed(&usable));
     let top = usable.iter().map(|r| r.end.addr().get()).max().unwrap_or(0);
-    crate::hostmem::init(top, usable.iter().map(|r| (r.start.addr().get(), r.end.addr().get())));
-    let mut galvan: Vec<Range<u64>> = crate::bootmem::taken().into_iter().map(|(s, e)| s..e).collect();
+    crate::hostmem::init(
+        top,
+        usable
+            .iter()
+            .map(|r| (r.start.addr().get(), r.end.addr().get())),
+    );
+    let mut galvan: Vec<Range<u64>> = crate::bootmem::taken()
+        .into_iter()
+        .map(|(s, e)| s..e)
+        .collect();
     galvan.push(range(info.image.phys));
     galvan.push(range(info.symbols));
 
-    let mut busy: Vec<Range<u64>> =
-        memory_map().iter().filter(|r| r.kind == MemoryKind::LOADER || r.kind == MemoryKind::MODULE).map(|r| r.start..r.end()).collect();
+    let mut busy: Vec<Range<u64>> = memory_map()
+        .iter()
+        .filter(|r| r.kind == MemoryKind::LOADER || r.kind == MemoryKind::MODULE)
+        .map(|r| r.start..r.end())
+        .collect();
     let avoid: Vec<Range<u64>> = galvan.iter().chain(&busy).cloned().collect();
     let unpacked_len = kernel.unpacked_len() as u64;
-    let Some(unpacked) = layout::highest_free(&host, &avoid, unpacked_len.next_multiple_of(PAGE), PAGE, u64::MAX) else {
-        give_up!("no room to unpack dom0's kernel: {} MiB", unpacked_len >> 20);
+    let Some(unpacked) = layout::highest_free(
+        &host,
+        &avoid,
+        unpacked_len.next_multiple_of(PAGE),
+        PAGE,
+        u64::MAX,
+    ) else {
+        give_up!(
+            "no room to unpack dom0's kernel: {} MiB",
+            unpacked_len >> 20
+        );
     };
     let unpacked = unpacked.start..unpacked.start + unpacked_len;
     let started = crate::clock::now_ns();
@@ -170,21 +216,32 @@ pub fn run() -> ! {
     };
     busy.push(unpacked.start..unpacked.end.next_multiple_of(PAGE));
 
-    let total: u64 = usable.iter().map(|r| (r.end.get() - r.start.get()) * PAGE).sum();
+    let total: u64 = usable
+        .iter()
+        .map(|r| (r.end.get() - r.start.get()) * PAGE)
+        .sum();
     let own: u64 = galvan.iter().map(|r| r.end - r.start).sum();
     let can_be_given = total.saturating_sub(own);
     // What is left over when dom0_mem= does not say: room for tables and a few small guests.
     let spare = (can_be_given / 16).clamp(64 << 20, 1 << 30);
     let size = options.dom0_mem.resolve(can_be_given, spare);
-    let vcpus = options.dom0_max_vcpus.resolve(crate::smp::count(), galvan_kernel::domain::MAX_VCPUS);
+    let vcpus = options
+        .dom0_max_vcpus
+        .resolve(crate::smp::count(), galvan_kernel::domain::MAX_VCPUS);
     let acpi_facts = acpi();
     let ioapics = crate::start::ioapics();
     let visible = |r: Range<u64>| {
         memory_map().iter().any(|m| {
-            matches!(m.kind, MemoryKind::ACPI_RECLAIMABLE | MemoryKind::ACPI_NVS | MemoryKind::RESERVED) && m.start <= r.start && r.end <= m.end()
+            matches!(
+                m.kind,
+                MemoryKind::ACPI_RECLAIMABLE | MemoryKind::ACPI_NVS | MemoryKind::RESERVED
+            ) && m.start <= r.start
+                && r.end <= m.end()
         })
     };
-    let acpi_len = dom0_tables(acpi_facts, 0, vcpus, ioapics, &visible).bytes.len() as u64;
+    let acpi_len = dom0_tables(acpi_facts, 0, vcpus, ioapics, &visible)
+        .bytes
+        .len() as u64;
     let request = Request {
         host: &host,
         galvan: &galvan,
@@ -205,7 +262,11 @@ pub fn run() -> ! {
     // SAFETY: dom0's memory by the plan, which keeps it apart from what is still needed.
     unsafe {
         if !ramdisk.is_empty() && plan.ramdisk.start != ramdisk.start {
-            move_memory(plan.ramdisk.start, ramdisk.start, ramdisk.end - ramdisk.start);
+            move_memory(
+                plan.ramdisk.start,
+                ramdisk.start,
+                ramdisk.end - ramdisk.start,
+            );
         }
         for s in &image.segments {
             let to = plan.kernel_address(s.paddr);
@@ -215,9 +276,11 @@ pub fn run() -> ! {
             head.copy_from_slice(file);
             tail.fill(0);
         }
-        memory(&(plan.acpi.start..plan.acpi.start + tables.bytes.len() as u64)).copy_from_slice(&tables.bytes);
+        memory(&(plan.acpi.start..plan.acpi.start + tables.bytes.len() as u64))
+            .copy_from_slice(&tables.bytes);
         let start_info = plan.start_info_bytes(&cmdline, &ramdisk_cmdline, tables.rsdp);
-        memory(&(plan.start_info.start..plan.start_info.start + start_info.len() as u64)).copy_from_slice(&start_info);
+        memory(&(plan.start_info.start..plan.start_info.start + start_info.len() as u64))
+            .copy_from_slice(&start_info);
     }
 
     // The frame table, with dom0's memory taken before anybody else can be given any.
@@ -241,7 +304,10 @@ pub fn run() -> ! {
         console: &crate::logger::RING,
         input: galvan_kernel::console::ConsoleInput::new(),
         irqs: Default::default(),
-        identity: galvan_kernel::xen_version::Identity::new(options.abi.version(), String::from_utf8_lossy(bytes_of(info.cmdline)).into_owned()),
+        identity: galvan_kernel::xen_version::Identity::new(
+            options.abi.version(),
+            String::from_utf8_lossy(bytes_of(info.cmdline)).into_owned(),
+        ),
         cpus: (0..cpus).map(|_| CpuState::default()).collect(),
         wallclock: galvan_kernel::time::WallClock::new(&MACHINE),
         cpu_policy: cpu_policy(&caps, options),
@@ -254,20 +320,28 @@ pub fn run() -> ! {
     if let Some(base) = crate::serial::base() {
         facts.private_ports.push((base, base + 7));
     }
-    facts.private_mmio.push((Mpa::new_truncate(0xfee0_0000), 0x10_0000));
+    facts
+        .private_mmio
+        .push((Mpa::new_truncate(0xfee0_0000), 0x10_0000));
     for a in crate::irq::ioapics() {
         facts.private_mmio.push((a.base, PAGE));
     }
     for w in crate::pci::windows() {
-        facts.private_mmio.push((w.base, (u64::from(w.last_bus) - u64::from(w.first_bus) + 1) << 20));
+        facts.private_mmio.push((
+            w.base,
+            (u64::from(w.last_bus) - u64::from(w.first_bus) + 1) << 20,
+        ));
     }
     let (iommu_functions, iommu_windows) = crate::iommu::private();
     facts.private_pci.extend(iommu_functions);
     facts.private_mmio.extend(iommu_windows);
-    facts.reset = acpi_facts.and_then(|a| a.fadt.as_ref()).and_then(|f| f.reset).and_then(|(r, v)| match r {
-        galvan_kernel::dom0_build::acpi::host::Register::Port(p) => Some((p, v)),
-        _ => None,
-    });
+    facts.reset = acpi_facts
+        .and_then(|a| a.fadt.as_ref())
+        .and_then(|f| f.reset)
+        .and_then(|(r, v)| match r {
+            galvan_kernel::dom0_build::acpi::host::Register::Port(p) => Some((p, v)),
+            _ => None,
+        });
     crate::platform::set_facts(facts);
 
     // dom0.
@@ -287,7 +361,8 @@ pub fn run() -> ! {
         Err(e) => give_up!("dom0 cannot be created: {e:?}"),
     };
     let mut changes = d.p2m.changes();
-    let to_gfn = |r: &Range<u64>| Gfn::new_truncate(r.start / PAGE)..Gfn::new_truncate(r.end.div_ceil(PAGE));
+    let to_gfn =
+        |r: &Range<u64>| Gfn::new_truncate(r.start / PAGE)..Gfn::new_truncate(r.end.div_ceil(PAGE));
     let mut pages = 0;
     for r in &plan.ram {
         pages += (r.end - r.start) / PAGE;
@@ -295,16 +370,34 @@ pub fn run() -> ! {
             give_up!("no memory for dom0's tables");
         }
     }
-    let trapped: Vec<Range<u64>> = hv.hw.private_mmio().iter().map(|&(a, len)| a.get()..a.get() + len).collect();
+    let trapped: Vec<Range<u64>> = hv
+        .hw
+        .private_mmio()
+        .iter()
+        .map(|&(a, len)| a.get()..a.get() + len)
+        .collect();
     for r in layout::identity_ranges(&host, &galvan, &trapped) {
-        if changes.add_identity(to_gfn(&r), &[], P2mType::MmioDirect).is_err() {
-            log::warn!("firmware's memory {:#x}-{:#x} is not mapped to dom0", r.start, r.end);
+        if changes
+            .add_identity(to_gfn(&r), &[], P2mType::MmioDirect)
+            .is_err()
+        {
+            log::warn!(
+                "firmware's memory {:#x}-{:#x} is not mapped to dom0",
+                r.start,
+                r.end
+            );
         }
     }
     d.finish(hv, changes);
-    d.tot_pages.store(pages, core::sync::atomic::Ordering::Relaxed);
-    d.max_pages.store(u64::MAX >> 12, core::sync::atomic::Ordering::Relaxed);
-    *d.memory_map.lock() = plan.map.iter().map(|r| (r.range.start, r.range.end - r.range.start, r.kind as u32)).collect();
+    d.tot_pages
+        .store(pages, core::sync::atomic::Ordering::Relaxed);
+    d.max_pages
+        .store(u64::MAX >> 12, core::sync::atomic::Ordering::Relaxed);
+    *d.memory_map.lock() = plan
+        .map
+        .iter()
+        .map(|r| (r.range.start, r.range.end - r.range.start, r.kind as u32))
+        .collect();
     if let Err(e) = galvan_kernel::vcpu::create_all(hv, &d, vcpus) {
         give_up!("dom0's vCPUs: {e:?}");
     }
@@ -322,7 +415,11 @@ pub fn run() -> ! {
         "dom0: {} MiB of {total_mib} MiB, {vcpus} vCPUs, kernel at {:#x}, {}; {} MiB free for guests",
         pages >> 8,
         plan.entry,
-        if plan.ramdisk.is_empty() { "no ramdisk" } else { "with ramdisk" },
+        if plan.ramdisk.is_empty() {
+            "no ramdisk"
+        } else {
+            "with ramdisk"
+        },
         hv.frames.free_frames() >> 8
     );
     if let Some(v) = d.vcpu(0) {
@@ -343,7 +440,10 @@ pub fn run() -> ! {
 
 /// The file bytes of a segment in the unpacked kernel.
 fn image_bytes_of(unpacked: &Range<u64>, file: &Range<usize>) -> &'static [u8] {
-    &bytes(PhysRange::new(unpacked.start, unpacked.end - unpacked.start))[file.clone()]
+    &bytes(PhysRange::new(
+        unpacked.start,
+        unpacked.end - unpacked.start,
+    ))[file.clone()]
 }
 
 fn bytes_of(r: PhysRange) -> &'static [u8] {

@@ -38,7 +38,10 @@ pub fn init(top: u64, ranges: impl Iterator<Item = (u64, u64)>) {
     // SAFETY: as above; nobody writes the words any more. The direct map of RAM stays, and what
     // guests and devices write there is reached by atomics and string instructions alone.
     unsafe {
-        galvan_base::direct::open(base, core::slice::from_raw_parts(map.as_ptr().cast(), words));
+        galvan_base::direct::open(
+            base,
+            core::slice::from_raw_parts(map.as_ptr().cast(), words),
+        );
     }
 }
 

@@ -97,7 +97,8 @@ pub fn probe(base: Mpa) -> Option<u8> {
     };
     let version = read(1);
     let (kind, last_pin) = (version & 0xff, version >> 16 & 0xff);
-    (matches!(kind, 0x10..=0x2f) && matches!(last_pin, 15..=239)).then(|| (read(0) >> 24) as u8 & 15)
+    (matches!(kind, 0x10..=0x2f) && matches!(last_pin, 15..=239))
+        .then(|| (read(0) >> 24) as u8 & 15)
 }
 
 /// Masks the legacy PICs for good (Intel 8259A data sheet, OCW1). A BIOS leaves them running, with
@@ -189,7 +190,13 @@ pub fn bind_console(gsi: u32, active_low: bool, cpu: CpuId) -> Result<(), Exhaus
 }
 
 /// Routes a pin to a CPU, with a meaning of the vector there.
-fn route(gsi: u32, level: bool, active_low: bool, cpu: CpuId, meaning: u32) -> Result<(), Exhausted> {
+fn route(
+    gsi: u32,
+    level: bool,
+    active_low: bool,
+    cpu: CpuId,
+    meaning: u32,
+) -> Result<(), Exhausted> {
     let apic_id = crate::smp::apic_id(cpu).ok_or(Exhausted)?;
     if apic_id > 0xff {
         return Err(Exhausted);
@@ -211,7 +218,12 @@ fn route(gsi: u32, level: bool, active_low: bool, cpu: CpuId, meaning: u32) -> R
         {
             free_vector(r.cpu, r.vector);
         }
-        a.routes[pin as usize] = Some(Route { cpu, vector, level, own });
+        a.routes[pin as usize] = Some(Route {
+            cpu,
+            vector,
+            level,
+            own,
+        });
         a.write(0x11 + 2 * pin, apic_id << 24);
         let low = u32::from(vector) | u32::from(active_low) << 13 | u32::from(level) << 15;
         a.write(0x10 + 2 * pin, low);

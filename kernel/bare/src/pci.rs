@@ -17,7 +17,13 @@ pub fn init(windows: Vec<EcamWindow>) {
     for w in &windows {
         let buses = usize::from(w.last_bus) - usize::from(w.first_bus) + 1;
         crate::paging::map_device(w.base, buses << 20);
-        log::info!("PCI segment {}: configuration space at {}, buses {:#x}-{:#x}", w.segment, w.base, w.first_bus, w.last_bus);
+        log::info!(
+            "PCI segment {}: configuration space at {}, buses {:#x}-{:#x}",
+            w.segment,
+            w.base,
+            w.first_bus,
+            w.last_bus
+        );
     }
     WINDOWS.call_once(|| windows);
 }
@@ -29,9 +35,16 @@ pub fn windows() -> &'static [EcamWindow] {
 
 /// The address of a register in a window.
 fn in_window(dev: Sbdf, reg: u16) -> Option<*mut u8> {
-    let w = windows().iter().find(|w| w.segment == dev.segment() && (w.first_bus..=w.last_bus).contains(&dev.bus()))?;
-    let at = w.base.get() + (u64::from(dev.bus() - w.first_bus) << 20 | u64::from(dev.devfn()) << 12 | u64::from(reg & 0xfff));
-    Some(crate::paging::direct_ptr(galvan_base::Mpa::new_truncate(at)))
+    let w = windows()
+        .iter()
+        .find(|w| w.segment == dev.segment() && (w.first_bus..=w.last_bus).contains(&dev.bus()))?;
+    let at = w.base.get()
+        + (u64::from(dev.bus() - w.first_bus) << 20
+            | u64::from(dev.devfn()) << 12
+            | u64::from(reg & 0xfff));
+    Some(crate::paging::direct_ptr(galvan_base::Mpa::new_truncate(
+        at,
+    )))
 }
 
 /// Reads a register; all ones where there is nothing.
@@ -52,7 +65,11 @@ pub fn read(dev: Sbdf, reg: u16, size: u8) -> u32 {
     let _guard = PORTS.lock();
     // SAFETY: configuration reads of standard registers; the ports are Galvan's alone.
     unsafe {
-        crate::cpu::port_out(0xcf8, 4, 1 << 31 | u32::from(dev.bdf()) << 8 | u32::from(reg & 0xfc));
+        crate::cpu::port_out(
+            0xcf8,
+            4,
+            1 << 31 | u32::from(dev.bdf()) << 8 | u32::from(reg & 0xfc),
+        );
         crate::cpu::port_in(0xcfc + (reg & 3), size)
     }
 }
@@ -76,7 +93,11 @@ pub fn write(dev: Sbdf, reg: u16, size: u8, v: u32) {
     let _guard = PORTS.lock();
     // SAFETY: the ports are Galvan's alone; what is written is virtual PCI's decision.
     unsafe {
-        crate::cpu::port_out(0xcf8, 4, 1 << 31 | u32::from(dev.bdf()) << 8 | u32::from(reg & 0xfc));
+        crate::cpu::port_out(
+            0xcf8,
+            4,
+            1 << 31 | u32::from(dev.bdf()) << 8 | u32::from(reg & 0xfc),
+        );
         crate::cpu::port_out(0xcfc + (reg & 3), size, v);
     }
 }

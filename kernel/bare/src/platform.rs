@@ -5,11 +5,11 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
 use core::ptr::NonNull;
-use core::sync::atomic::{Ordering};
+use core::sync::atomic::Ordering;
 
 use galvan_base::hw::{
-    EcamWindow, Exhausted, HostIrq, HostMem, HwVcpu, IoApicInfo, Iommu, MemFault, MsiTarget, Sbdf, Stage2Format, TscScale,
-    VcpuConfig,
+    EcamWindow, Exhausted, HostIrq, HostMem, HwVcpu, IoApicInfo, Iommu, MemFault, MsiTarget, Sbdf,
+    Stage2Format, TscScale, VcpuConfig,
 };
 use galvan_base::page::{PageSource, PhysPage};
 use galvan_base::{CpuId, Mfn, Mpa, PageOrder, Platform};
@@ -65,12 +65,18 @@ pub fn frames_ready() -> bool {
 
 /// A zeroed frame for the hypervisor's own page tables.
 pub fn table_frame() -> Option<Mpa> {
-    HV.get()?.frames.alloc_zeroed(Owner::Galvan).ok().map(Mfn::addr)
+    HV.get()?
+        .frames
+        .alloc_zeroed(Owner::Galvan)
+        .ok()
+        .map(Mfn::addr)
 }
 
 /// The domain this CPU is running, for the last words of a panic.
 pub fn running() -> RunningDomain {
-    let tag = HV.get().and_then(|hv| hv.cpus.get(crate::smp::cpu_or_zero() as usize));
+    let tag = HV
+        .get()
+        .and_then(|hv| hv.cpus.get(crate::smp::cpu_or_zero() as usize));
     RunningDomain(tag.map_or(0, |c| c.last_domain.load(Ordering::Relaxed)))
 }
 
@@ -100,7 +106,10 @@ pub fn reset() -> ! {
         crate::clock::spin_ns(50_000_000);
         crate::cpu::port_out(0x64, 1, 0xfe);
         crate::clock::spin_ns(50_000_000);
-        let none = x86_64::structures::DescriptorTablePointer { limit: 0, base: x86_64::VirtAddr::zero() };
+        let none = x86_64::structures::DescriptorTablePointer {
+            limit: 0,
+            base: x86_64::VirtAddr::zero(),
+        };
         x86_64::instructions::tables::lidt(&none);
         core::arch::asm!("ud2", options(noreturn));
     }
@@ -115,7 +124,9 @@ pub fn host_interrupt(irq: HostIrq) {
 
 /// What every CPU does once it is up.
 pub fn cpu_main() -> ! {
-    let Some(hv) = HV.get() else { panic!("a CPU is released before there is a hypervisor") };
+    let Some(hv) = HV.get() else {
+        panic!("a CPU is released before there is a hypervisor")
+    };
     crate::virt::enable();
     galvan_kernel::run::cpu_loop(hv)
 }
@@ -136,13 +147,19 @@ unsafe impl PageSource for Machine {
         for i in 0..order.frames() {
             crate::hostmem::zero(m.checked_add(i)?).ok()?;
         }
-        Some(PhysPage { virt: NonNull::new(crate::paging::direct_ptr(m.addr()))?, mpa: m.addr() })
+        Some(PhysPage {
+            virt: NonNull::new(crate::paging::direct_ptr(m.addr()))?,
+            mpa: m.addr(),
+        })
     }
 
     fn free(&self, page: PhysPage, pages: usize) {
         let n = pages.next_power_of_two() as u64;
         if let Some(hv) = HV.get()
-            && hv.frames.release(page.mpa.frame(), n, Owner::Galvan).is_err()
+            && hv
+                .frames
+                .release(page.mpa.frame(), n, Owner::Galvan)
+                .is_err()
         {
             log::error!("pages at {} given back that were not taken", page.mpa);
         }
@@ -156,7 +173,14 @@ impl HostMem for Machine {
     fn write(&self, m: Mfn, off: usize, buf: &[u8]) -> Result<(), MemFault> {
         crate::hostmem::write(m, off, buf)
     }
-    fn copy(&self, dst: Mfn, dst_off: usize, src: Mfn, src_off: usize, len: usize) -> Result<(), MemFault> {
+    fn copy(
+        &self,
+        dst: Mfn,
+        dst_off: usize,
+        src: Mfn,
+        src_off: usize,
+        len: usize,
+    ) -> Result<(), MemFault> {
         crate::hostmem::copy(dst, dst_off, src, src_off, len)
     }
     fn zero(&self, m: Mfn) -> Result<(), MemFault> {
@@ -199,7 +223,11 @@ impl HostMem for Machine {
 
 /// The address of device memory, mapped if it was not.
 fn device(a: Mpa, size: u8) -> *mut u8 {
-    if crate::paging::is_mapped(a) { crate::paging::direct_ptr(a) } else { crate::paging::map_device(a, usize::from(size)) }
+    if crate::paging::is_mapped(a) {
+        crate::paging::direct_ptr(a)
+    } else {
+        crate::paging::map_device(a, usize::from(size))
+    }
 }
 
 impl Platform for Machine {
@@ -269,7 +297,9 @@ impl Platform for Machine {
             None => crate::apic::stop_timer(),
             Some(at) => {
                 let now = self.now_ns();
-                let tsc = self.tsc_base().saturating_add(self.tsc_scale().ns_to_ticks(at));
+                let tsc = self
+                    .tsc_base()
+                    .saturating_add(self.tsc_scale().ns_to_ticks(at));
                 crate::apic::arm_timer(at.saturating_sub(now), tsc);
             }
         }
@@ -346,7 +376,13 @@ impl Platform for Machine {
     fn ioapics(&self) -> &[IoApicInfo] {
         crate::irq::ioapics()
     }
-    fn gsi_bind(&self, gsi: u32, level: bool, active_low: bool, cpu: CpuId) -> Result<(), Exhausted> {
+    fn gsi_bind(
+        &self,
+        gsi: u32,
+        level: bool,
+        active_low: bool,
+        cpu: CpuId,
+    ) -> Result<(), Exhausted> {
         crate::irq::gsi_bind(gsi, level, active_low, cpu)
     }
     fn gsi_unbind(&self, gsi: u32) {

@@ -54,26 +54,50 @@ static RELEASED: AtomicBool = AtomicBool::new(false);
 /// Takes the screen, if there is one with 32 bits a pixel or one of text, and clears it.
 pub fn init(f: &FrameBuffer) {
     let text = f.format == PixelFormat::TEXT;
-    let (cell, bytes_per_unit, least) = if text { ((1, 1), 2, (40, 2)) } else { (CELL, 4, (320, 200)) };
+    let (cell, bytes_per_unit, least) = if text {
+        ((1, 1), 2, (40, 2))
+    } else {
+        (CELL, 4, (320, 200))
+    };
     let bytes = u64::from(f.stride) * u64::from(f.height) * bytes_per_unit;
-    let usable = f.width >= least.0 && f.height >= least.1 && f.stride >= f.width && bytes <= f.size;
+    let usable =
+        f.width >= least.0 && f.height >= least.1 && f.stride >= f.width && bytes <= f.size;
     if f.base == 0 || !usable {
         return;
     }
     let memory = crate::paging::map_framebuffer(Mpa::new_truncate(f.base), bytes as usize);
     let surface = if text {
-        Surface::Text { cells: memory.cast(), stride: f.stride }
+        Surface::Text {
+            cells: memory.cast(),
+            stride: f.stride,
+        }
     } else {
-        Surface::Pixels(Pixels { pixels: memory.cast(), width: f.width, height: f.height, stride: f.stride })
+        Surface::Pixels(Pixels {
+            pixels: memory.cast(),
+            width: f.width,
+            height: f.height,
+            stride: f.stride,
+        })
     };
     let (columns, rows) = (f.width / cell.0, f.height / cell.1);
-    let mut s = Screen { surface, columns, rows, column: 0, row: 0 };
+    let mut s = Screen {
+        surface,
+        columns,
+        rows,
+        column: 0,
+        row: 0,
+    };
     // With what is left below the last whole line.
     for row in 0..rows + 1 {
         s.clear_row(row);
     }
     *SCREEN.lock() = Some(s);
-    log::info!("screen: {} x {}{}", f.width, f.height, if text { ", text" } else { "" });
+    log::info!(
+        "screen: {} x {}{}",
+        f.width,
+        f.height,
+        if text { ", text" } else { "" }
+    );
 }
 
 /// Leaves the screen to dom0.
@@ -126,10 +150,16 @@ impl Screen {
                     let _ = Text::with_baseline(s, at, style, Baseline::Top).draw(pixels);
                 }
             }
-            Surface::Text { cells, stride } if self.column < self.columns && self.row < self.rows => {
+            Surface::Text { cells, stride }
+                if self.column < self.columns && self.row < self.rows =>
+            {
                 let at = self.row * *stride + self.column;
                 // SAFETY: inside the mapped text memory, whose size was checked.
-                unsafe { cells.add(at as usize).write_volatile(ATTRIBUTE | u16::from(b)) };
+                unsafe {
+                    cells
+                        .add(at as usize)
+                        .write_volatile(ATTRIBUTE | u16::from(b))
+                };
             }
             Surface::Text { .. } => {}
         }
@@ -155,7 +185,11 @@ impl Screen {
                 for column in 0..self.columns {
                     let at = row * *stride + column;
                     // SAFETY: inside the mapped text memory, whose size was checked.
-                    unsafe { cells.add(at as usize).write_volatile(ATTRIBUTE | u16::from(b' ')) };
+                    unsafe {
+                        cells
+                            .add(at as usize)
+                            .write_volatile(ATTRIBUTE | u16::from(b' '))
+                    };
                 }
             }
             Surface::Text { .. } => {}
@@ -167,7 +201,11 @@ impl Pixels {
     fn set(&mut self, x: u32, y: u32, v: u32) {
         if x < self.width && y < self.height {
             // SAFETY: inside the mapped frame buffer, whose size was checked.
-            unsafe { self.pixels.add((y * self.stride + x) as usize).write_volatile(v) };
+            unsafe {
+                self.pixels
+                    .add((y * self.stride + x) as usize)
+                    .write_volatile(v)
+            };
         }
     }
 }
@@ -182,7 +220,10 @@ impl DrawTarget for Pixels {
     type Color = BinaryColor;
     type Error = Infallible;
 
-    fn draw_iter<I: IntoIterator<Item = Pixel<BinaryColor>>>(&mut self, pixels: I) -> Result<(), Infallible> {
+    fn draw_iter<I: IntoIterator<Item = Pixel<BinaryColor>>>(
+        &mut self,
+        pixels: I,
+    ) -> Result<(), Infallible> {
         for Pixel(at, color) in pixels {
             if let (Ok(x), Ok(y)) = (u32::try_from(at.x), u32::try_from(at.y)) {
                 self.set(x, y, if color.is_on() { GREY } else { 0 });

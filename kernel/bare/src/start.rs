@@ -32,7 +32,12 @@ static ACPI: Once<Option<HostAcpi<'static>>> = Once::new();
 pub fn bytes(r: PhysRange) -> &'static [u8] {
     // SAFETY: the loader mapped all memory at `DIRECT_MAP_BASE`, as our own tables do; what the
     // hand-over refers to is not written after it.
-    unsafe { core::slice::from_raw_parts(crate::paging::direct_ptr(Mpa::new_truncate(r.start)), r.len as usize) }
+    unsafe {
+        core::slice::from_raw_parts(
+            crate::paging::direct_ptr(Mpa::new_truncate(r.start)),
+            r.len as usize,
+        )
+    }
 }
 
 /// What the loader handed over.
@@ -42,7 +47,9 @@ pub fn boot_info() -> &'static BootInfo {
 
 /// The command line, read.
 pub fn options() -> &'static Options<'static> {
-    OPTIONS.get().expect("the command line is read before it is asked for")
+    OPTIONS
+        .get()
+        .expect("the command line is read before it is asked for")
 }
 
 /// The machine's memory map.
@@ -52,7 +59,11 @@ pub fn memory_map() -> MemoryMap<'static> {
 
 /// A copy for ever of what the loader left in memory that ends up free.
 fn keep(r: PhysRange) -> &'static [u8] {
-    if r.is_empty() { &[] } else { Vec::leak(bytes(r).to_vec()) }
+    if r.is_empty() {
+        &[]
+    } else {
+        Vec::leak(bytes(r).to_vec())
+    }
 }
 
 /// What firmware says of the machine, if it has tables.
@@ -73,9 +84,17 @@ extern "C" fn _start(info: *const BootInfo) -> ! {
     }
     let info = BOOT.call_once(|| info);
     crate::panic::set_symbols(bytes(info.symbols));
-    log::info!("Galvan {} (loaded by {} at {:#x})", env!("CARGO_PKG_VERSION"), info.loader.name(), info.image.phys.start);
+    log::info!(
+        "Galvan {} (loaded by {} at {:#x})",
+        env!("CARGO_PKG_VERSION"),
+        info.loader.name(),
+        info.image.phys.start
+    );
 
-    log::debug!("TSC {} at the loader's entry, {entered} at this image's", info.entry_tsc);
+    log::debug!(
+        "TSC {} at the loader's entry, {entered} at this image's",
+        info.entry_tsc
+    );
     crate::bootmem::init(memory_map().iter());
     crate::paging::init(info, memory_map().iter());
     crate::heap::init();
@@ -87,21 +106,31 @@ extern "C" fn _start(info: *const BootInfo) -> ! {
         crate::screen::init(f);
     }
     for r in memory_map().iter() {
-        log::debug!("memory {:#014x}-{:#014x} {}", r.start, r.end() - 1, r.kind.name());
+        log::debug!(
+            "memory {:#014x}-{:#014x} {}",
+            r.start,
+            r.end() - 1,
+            r.kind.name()
+        );
     }
     let acpi = ACPI.call_once(read_acpi).as_ref();
     crate::smp::init(&apic_ids(acpi), on_own_stack);
 }
 
 fn read_options(line: &'static [u8]) {
-    log::info!("command line: {}", core::str::from_utf8(line).unwrap_or("?"));
+    log::info!(
+        "command line: {}",
+        core::str::from_utf8(line).unwrap_or("?")
+    );
     let mut issues = Vec::new();
-    let options = OPTIONS.call_once(|| Options::parse(line, &mut |issue| issues.push(issue.to_string())));
+    let options =
+        OPTIONS.call_once(|| Options::parse(line, &mut |issue| issues.push(issue.to_string())));
     if let Some(com) = &options.com[0] {
         crate::serial::init(com.io_base.unwrap_or(crate::serial::COM1), com.baud);
     }
     crate::panic::NOREBOOT.store(options.noreboot, core::sync::atomic::Ordering::Relaxed);
-    galvan_kernel::shutdown::NOREBOOT.store(options.noreboot, core::sync::atomic::Ordering::Relaxed);
+    galvan_kernel::shutdown::NOREBOOT
+        .store(options.noreboot, core::sync::atomic::Ordering::Relaxed);
     for text in issues {
         log::warn!("command line: {text}");
     }
@@ -110,7 +139,9 @@ fn read_options(line: &'static [u8]) {
 /// Memory that firmware says holds tables, for reading them.
 fn firmware_memory(at: u64, len: usize) -> Option<&'static [u8]> {
     let end = at.checked_add(len as u64)?;
-    let known = memory_map().iter().any(|r| r.start <= at && end <= r.end() && r.kind != MemoryKind::USABLE);
+    let known = memory_map()
+        .iter()
+        .any(|r| r.start <= at && end <= r.end() && r.kind != MemoryKind::USABLE);
     // Below 1 MiB firmware's areas are in no map.
     if !known && end > 0x10_0000 {
         return None;
@@ -118,7 +149,8 @@ fn firmware_memory(at: u64, len: usize) -> Option<&'static [u8]> {
     let a = Mpa::new(at)?;
     // Each page of it: where a BIOS keeps its tables in reserved memory, the first and the last may
     // have been mapped for the tables around this one.
-    let mut pages = (at / PAGE_SIZE as u64..end.div_ceil(PAGE_SIZE as u64)).map(|page| Mpa::new(page * PAGE_SIZE as u64));
+    let mut pages = (at / PAGE_SIZE as u64..end.div_ceil(PAGE_SIZE as u64))
+        .map(|page| Mpa::new(page * PAGE_SIZE as u64));
     if !pages.all(|page| page.is_some_and(crate::paging::is_mapped)) {
         crate::paging::map_device(a, len);
     }
@@ -156,7 +188,11 @@ pub fn ioapics() -> &'static [IoApic] {
     IOAPICS.call_once(|| match acpi().and_then(|a| a.madt.as_ref()) {
         Some(m) => m.ioapics.clone(),
         None => crate::irq::probe(Mpa::new_truncate(u64::from(USUAL)))
-            .map(|id| IoApic { id, address: USUAL, gsi_base: 0 })
+            .map(|id| IoApic {
+                id,
+                address: USUAL,
+                gsi_base: 0,
+            })
             .into_iter()
             .collect(),
     })
@@ -168,7 +204,12 @@ fn apic_ids(acpi: Option<&HostAcpi<'_>>) -> Vec<u32> {
     let mut ids = alloc::vec![me];
     let limit = options().maxcpus.unwrap_or(u32::MAX).max(1) as usize;
     if let Some(madt) = acpi.and_then(|a| a.madt.as_ref()) {
-        ids.extend(madt.cpus.iter().filter(|c| c.enabled && c.apic_id != me).map(|c| c.apic_id));
+        ids.extend(
+            madt.cpus
+                .iter()
+                .filter(|c| c.enabled && c.apic_id != me)
+                .map(|c| c.apic_id),
+        );
     }
     if ids.len() > limit {
         log::info!("maxcpus={limit}: {} CPUs are left alone", ids.len() - limit);
@@ -191,10 +232,17 @@ extern "C" fn on_own_stack() -> ! {
     let no = options().no;
     use galvan_kernel::cmdline::Features;
     crate::irq::mask_pics();
-    crate::apic::init_boot_cpu(!no.contains(Features::X2APIC), !no.contains(Features::TSC_DEADLINE));
+    crate::apic::init_boot_cpu(
+        !no.contains(Features::X2APIC),
+        !no.contains(Features::TSC_DEADLINE),
+    );
     crate::apic::init_this_cpu();
     crate::apic::calibrate_timer();
-    crate::irq::init(ioapics().iter().map(|i| (i.id, Mpa::new_truncate(u64::from(i.address)), i.gsi_base)));
+    crate::irq::init(
+        ioapics()
+            .iter()
+            .map(|i| (i.id, Mpa::new_truncate(u64::from(i.address)), i.gsi_base)),
+    );
     listen_to_console(acpi.and_then(|a| a.madt.as_ref()));
     let ecam: Vec<EcamWindow> = acpi.map_or_else(Vec::new, |a| a.ecam.clone());
     crate::pci::init(ecam);
@@ -216,11 +264,21 @@ const SERIAL_IRQS: [(u16, u8); 4] = [(0x3f8, 4), (0x2f8, 3), (0x3e8, 4), (0x2e8,
 
 /// Takes the serial port's interrupt, so that dom0 hears what is typed.
 fn listen_to_console(madt: Option<&Madt>) {
-    let Some(base) = crate::serial::base() else { return };
-    let usual = SERIAL_IRQS.iter().find(|(b, _)| *b == base).map(|(_, irq)| *irq);
-    let irq = options().com[0].and_then(|c| c.irq).or(usual).filter(|irq| *irq != 0);
+    let Some(base) = crate::serial::base() else {
+        return;
+    };
+    let usual = SERIAL_IRQS
+        .iter()
+        .find(|(b, _)| *b == base)
+        .map(|(_, irq)| *irq);
+    let irq = options().com[0]
+        .and_then(|c| c.irq)
+        .or(usual)
+        .filter(|irq| *irq != 0);
     let Some(irq) = irq else {
-        log::warn!("serial port {base:#x}: interrupt unknown (com1=...,IRQ): nothing can be typed there");
+        log::warn!(
+            "serial port {base:#x}: interrupt unknown (com1=...,IRQ): nothing can be typed there"
+        );
         return;
     };
     let moved = madt.and_then(|m| m.overrides.iter().find(|o| o.isa_irq == irq));

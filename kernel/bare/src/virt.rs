@@ -69,7 +69,12 @@ pub fn settle(no: Features) -> Result<Caps, Unsupported> {
         ("posted", Features::POSTED),
         ("apicpage", Features::APIC_PAGE),
     ];
-    let off = || names.iter().filter(|(_, flag)| no.contains(*flag)).map(|(name, _)| *name);
+    let off = || {
+        names
+            .iter()
+            .filter(|(_, flag)| no.contains(*flag))
+            .map(|(name, _)| *name)
+    };
     let raw = svm::Raw::read(crate::cpu::cpuid, crate::cpu::rdmsr);
     match svm::settle(&raw, off().filter_map(svm::Features::by_name).collect()) {
         Err(svm::Unsupported::NoSvm) => {}
@@ -225,7 +230,10 @@ impl galvan_vmx::Host for Machine {
         crate::hostmem::load_u64(at.frame(), at.offset()).ok()
     }
     fn pat_efer(&self) -> (u64, u64) {
-        (crate::cpu::rdmsr(galvan_vmx::msr::PAT), crate::cpu::rdmsr(galvan_vmx::msr::EFER))
+        (
+            crate::cpu::rdmsr(galvan_vmx::msr::PAT),
+            crate::cpu::rdmsr(galvan_vmx::msr::EFER),
+        )
     }
     fn interrupt(&self, vector: u8) {
         crate::irq::interrupt(vector);

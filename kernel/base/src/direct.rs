@@ -44,7 +44,9 @@ pub unsafe fn open(base: usize, ram: &'static [u64]) {
 #[inline(always)]
 fn place<T>(m: Mfn, off: usize) -> Option<*const T> {
     let f = m.get();
-    if f >= FRAMES.load(Ordering::Acquire) || off >= PAGE_SIZE || !off.is_multiple_of(size_of::<T>())
+    if f >= FRAMES.load(Ordering::Acquire)
+        || off >= PAGE_SIZE
+        || !off.is_multiple_of(size_of::<T>())
     {
         return None;
     }
@@ -149,7 +151,12 @@ impl KnownWord {
 
     /// [`HostMem::cmpxchg_u64`]
     #[inline(always)]
-    pub fn cmpxchg<M: HostMem + ?Sized>(&self, mem: &M, old: u64, new: u64) -> Result<u64, MemFault> {
+    pub fn cmpxchg<M: HostMem + ?Sized>(
+        &self,
+        mem: &M,
+        old: u64,
+        new: u64,
+    ) -> Result<u64, MemFault> {
         match self.cell {
             Some(c) => Ok(c
                 .compare_exchange(old, new, Ordering::SeqCst, Ordering::SeqCst)
@@ -347,7 +354,8 @@ impl MovingPiece {
 
     /// Moves it. One that does not begin at a multiple of 8, or not end in its frame, is nowhere.
     pub fn set(&self, at: Option<Mpa>) {
-        let fits = |at: &Mpa| at.offset().is_multiple_of(8) && at.offset() <= PAGE_SIZE - Piece::LEN;
+        let fits =
+            |at: &Mpa| at.offset().is_multiple_of(8) && at.offset() <= PAGE_SIZE - Piece::LEN;
         let mapped = |at: Mpa| {
             let words = place::<AtomicU64>(at.frame(), at.offset());
             words.map_or(at.get() | 1, |w| w.addr() as u64)
@@ -471,9 +479,14 @@ mod tests {
         const FIRST: u64 = 0x7_0000;
         #[repr(align(4096))]
         struct Frames([AtomicU64; 1024]);
-        let ours: &'static Frames = Box::leak(Box::new(Frames([const { AtomicU64::new(0) }; 1024])));
+        let ours: &'static Frames =
+            Box::leak(Box::new(Frames([const { AtomicU64::new(0) }; 1024])));
         let mfn = |n: u64| Mfn::new(FIRST + n).unwrap();
-        let base = ours.0.as_ptr().expose_provenance().wrapping_sub((FIRST as usize) << PAGE_SHIFT);
+        let base = ours
+            .0
+            .as_ptr()
+            .expose_provenance()
+            .wrapping_sub((FIRST as usize) << PAGE_SHIFT);
         let mem = FakeMachine::with_ram(std::vec![0x100..0x101, FIRST..FIRST + 3]);
         let ram: &'static mut [u64] = Box::leak(std::vec![0; FIRST as usize / 64 + 1].into());
         ram[FIRST as usize / 64] = 3;
@@ -495,7 +508,8 @@ mod tests {
         let elsewhere = KnownWord::new(Mpa::new_truncate((FIRST + 2) * 4096));
         let both = [Cell::new((known, 3)), Cell::new((elsewhere, 0))];
         assert!(all_equal(&mem, &both));
-        let four = [0, 1, 2, 3].map(|n| Cell::new(if n == 3 { (elsewhere, 0) } else { (known, 3) }));
+        let four =
+            [0, 1, 2, 3].map(|n| Cell::new(if n == 3 { (elsewhere, 0) } else { (known, 3) }));
         assert!(all_equal(&mem, &four));
         assert!(all_equal(&mem, &four[1..]));
         four[2].set((known, 4));
@@ -517,7 +531,12 @@ mod tests {
         // Pages that are looked at often.
         for page in [KnownPage::new(mfn(1)), KnownPage::new(mfn(2))] {
             let mfn = page.mfn();
-            page.write(&mem, 4080, &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4, 5, 6]).unwrap();
+            page.write(
+                &mem,
+                4080,
+                &[9, 8, 7, 6, 5, 4, 3, 2, 1, 0, 1, 2, 3, 4, 5, 6],
+            )
+            .unwrap();
             let word = page.at(4088);
             assert_eq!(word.load(&mem), Ok(0x0605_0403_0201_0001));
             word.store(&mem, 6).unwrap();
@@ -528,7 +547,11 @@ mod tests {
             assert_eq!(word.load(&mem), Ok(0x0605_0403_0201_0081));
             page.write(&mem, 4088, &[1, 0, 1, 2, 3, 4, 5, 6]).unwrap();
             let mut quarter = [0; 4];
-            for (off, want) in [(4080, [9, 8, 7, 6]), (4084, [5, 4, 3, 2]), (4092, [3, 4, 5, 6])] {
+            for (off, want) in [
+                (4080, [9, 8, 7, 6]),
+                (4084, [5, 4, 3, 2]),
+                (4092, [3, 4, 5, 6]),
+            ] {
                 page.read(&mem, off, &mut quarter).unwrap();
                 assert_eq!(quarter, want);
             }

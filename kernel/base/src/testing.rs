@@ -1248,14 +1248,21 @@ impl HwVcpu for FakeVcpu {
 
     fn show_apic(&mut self, s: &Shown<'_>) {
         let mut inner = self.inner();
-        assert!(inner.shows_apic, "shown to a processor that has no use for it");
+        assert!(
+            inner.shows_apic,
+            "shown to a processor that has no use for it"
+        );
         assert!(s.does <= inner.virtual_apic, "{:?} is asked of it", s.does);
         inner.lent = Some(s.interrupts);
         inner.shown = Some(s.does);
         inner.tpr = s.tpr >> 4;
         inner.page.insert(0x80, s.tpr.into());
         inner.page.extend(s.registers.iter().copied());
-        for (at, bits) in [(0x100, s.interrupts.in_service), (0x180, s.level), (0x200, s.interrupts.waiting)] {
+        for (at, bits) in [
+            (0x100, s.interrupts.in_service),
+            (0x180, s.level),
+            (0x200, s.interrupts.waiting),
+        ] {
             for n in 0..8u16 {
                 let half = bits[usize::from(n / 2)] >> (n % 2 * 32);
                 inner.page.insert(at + n * 16, half as u32);
@@ -1266,7 +1273,10 @@ impl HwVcpu for FakeVcpu {
     fn shown_apic(&self) -> (u8, u64) {
         let inner = self.inner();
         let get = |at| inner.page.get(&at).copied().unwrap_or(0);
-        (get(0x80) as u8, u64::from(get(0x310)) << 32 | u64::from(get(0x300)))
+        (
+            get(0x80) as u8,
+            u64::from(get(0x310)) << 32 | u64::from(get(0x300)),
+        )
     }
 
     fn take_written(&mut self, offset: u16) -> u32 {

@@ -253,7 +253,10 @@ fn the_guests_own_state_shows() {
 
 #[test]
 fn answers_depend_on_nothing_but_what_is_said() {
-    for p in [dom0(&everything(false), Virt::all(), 4), dom0(&everything(true), Virt::all(), 4)] {
+    for p in [
+        dom0(&everything(false), Virt::all(), 4),
+        dom0(&everything(true), Virt::all(), 4),
+    ] {
         let ranges = [0..0x40, 0x8000_0000..0x8000_0040, 0x2000_0000..0x2000_0002];
         for leaf in ranges.into_iter().flatten() {
             let me = caller();
@@ -264,15 +267,30 @@ fn answers_depend_on_nothing_but_what_is_said() {
                 }
                 let other = |c: CpuidCaller<'_>| p.cpuid(leaf, sub, &c) != plain;
                 let cr4 = other(CpuidCaller { cr4: !0, ..me });
-                let shown = other(CpuidCaller { cr4: CR4_SHOWN, ..me });
-                let apic = other(CpuidCaller { apic_enabled: false, ..me });
+                let shown = other(CpuidCaller {
+                    cr4: CR4_SHOWN,
+                    ..me
+                });
+                let apic = other(CpuidCaller {
+                    apic_enabled: false,
+                    ..me
+                });
                 let xcr0 = other(CpuidCaller { xcr0: 7, ..me });
-                let long = other(CpuidCaller { long_mode: false, ..me });
-                let tsc = other(CpuidCaller { tsc: &TscInfo { khz: 1, ..TSC }, ..me });
+                let long = other(CpuidCaller {
+                    long_mode: false,
+                    ..me
+                });
+                let tsc = other(CpuidCaller {
+                    tsc: &TscInfo { khz: 1, ..TSC },
+                    ..me
+                });
                 let n = needs(leaf);
                 assert!(n == Needs::Cr4 || !cr4, "{leaf:#x}");
                 assert_eq!(cr4, shown, "{leaf:#x}");
-                assert!(matches!(n, Needs::Cr4 | Needs::LongMode) || !apic, "{leaf:#x}");
+                assert!(
+                    matches!(n, Needs::Cr4 | Needs::LongMode) || !apic,
+                    "{leaf:#x}"
+                );
                 assert!(n == Needs::Xcr0 || !xcr0, "{leaf:#x}");
                 assert!(n == Needs::LongMode || !long, "{leaf:#x}");
                 assert!(n == Needs::Tsc || !tsc, "{leaf:#x}");

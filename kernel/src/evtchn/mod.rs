@@ -227,7 +227,13 @@ fn consume(hv: Hv, d: &Domain, cell: &Cell, c: Consumer) {
 }
 
 #[inline]
-fn send_as(hv: Hv, d: &Domain, port: u32, who: Who, own: Option<&Arc<Vcpu>>) -> Result<bool, Errno> {
+fn send_as(
+    hv: Hv,
+    d: &Domain,
+    port: u32,
+    who: Who,
+    own: Option<&Arc<Vcpu>>,
+) -> Result<bool, Errno> {
     let t = d.evtchn.table.lock();
     match t.get(port, who)? {
         Port::Interdomain { remote, port } => Ok(deliver(hv, remote, *port, own)),

@@ -6,8 +6,8 @@
 
 use core::mem::offset_of;
 
-use galvan_base::{Mfn, direct};
 use galvan_base::hw::HostMem;
+use galvan_base::{Mfn, direct};
 use galvan_dom0_proto::event_channel::EVTCHN_2L_NR_CHANNELS;
 use galvan_dom0_proto::xen::{SharedInfo, VcpuInfo};
 
@@ -81,8 +81,8 @@ pub(super) fn clear_pending(mem: &dyn HostMem, d: &Domain, port: u32) {
 /// Takes back all pending events; calls `f` with the port of each.
 pub(super) fn take_pending(mem: &dyn HostMem, shared_info: Mfn, mut f: impl FnMut(u32)) {
     for word in 0..PORTS / 64 {
-        let mut bits = direct::and_u64(mem, shared_info, PENDING + word as usize * 8, 0)
-            .unwrap_or(0);
+        let mut bits =
+            direct::and_u64(mem, shared_info, PENDING + word as usize * 8, 0).unwrap_or(0);
         while bits != 0 {
             f(word * 64 + bits.trailing_zeros());
             bits &= bits - 1;

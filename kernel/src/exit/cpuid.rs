@@ -134,7 +134,11 @@ fn answer(cx: &Cx<'_>, leaf: u32, subleaf: u32, needs: Needs) -> Regs {
     let caller = CpuidCaller {
         domid: cx.dom.id,
         vcpu: cx.vcpu.id,
-        cr4: if needs == Needs::Cr4 { hw.cr4_shown() } else { 0 },
+        cr4: if needs == Needs::Cr4 {
+            hw.cr4_shown()
+        } else {
+            0
+        },
         xcr0: if needs == Needs::Xcr0 { hw.xcr0() } else { 0 },
         apic_enabled: cx.st.lapic.mode() != Mode::Disabled,
         long_mode: needs == Needs::LongMode && hw.runs_long(),

@@ -9,8 +9,8 @@
 use core::cell::Cell;
 use core::num::NonZeroU8;
 
-use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
 use galvan_base::direct::KnownBytes;
+use galvan_base::state::{CR0_PE, EFER_LMA, EFER_NXE, Event, Seg, Segment};
 use galvan_base::{Gpa, Mpa, PAGE_SIZE};
 
 use super::Next;

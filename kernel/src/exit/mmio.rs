@@ -44,7 +44,11 @@ pub fn nested_fault(cx: &mut Cx<'_>, kind: FaultKind, gpa: Gpa) -> Next {
             P2mType::ForeignRw | P2mType::GrantRw | P2mType::Shared if !is(FaultKind::FETCH) => {
                 return Next::Resume;
             }
-            P2mType::ForeignRo | P2mType::GrantRo if !is(FaultKind::FETCH) && !is(FaultKind::WRITE) => return Next::Resume,
+            P2mType::ForeignRo | P2mType::GrantRo
+                if !is(FaultKind::FETCH) && !is(FaultKind::WRITE) =>
+            {
+                return Next::Resume;
+            }
             P2mType::RamRo if is(FaultKind::WALK) => return Next::Crash(Why::TablesReadOnly),
             // Writes are lost.
             P2mType::RamRo | P2mType::ForeignRo | P2mType::GrantRo if !is(FaultKind::FETCH) => {}

@@ -95,7 +95,9 @@ impl Why {
 pub fn handle(cx: &mut Cx<'_>, exit: &Exit) -> Next {
     match *exit {
         Exit::Hypercall(len) => {
-            let Some(len) = insn::length(cx, len, insn::Kind::Hypercall) else { return Next::Resume };
+            let Some(len) = insn::length(cx, len, insn::Kind::Hypercall) else {
+                return Next::Resume;
+            };
             let after = hypercall::from_registers(cx);
             if after == After::Quiet {
                 return Next::Quiet(len);
@@ -122,7 +124,9 @@ pub fn handle(cx: &mut Cx<'_>, exit: &Exit) -> Next {
         Exit::Pio(pio) => pio::pio(cx, pio),
         Exit::NestedFault(kind, gpa) => mmio::nested_fault(cx, kind, gpa),
         Exit::Hlt(len) => {
-            let Some(len) = insn::length(cx, len, insn::Kind::Hlt) else { return Next::Resume };
+            let Some(len) = insn::length(cx, len, insn::Kind::Hlt) else {
+                return Next::Resume;
+            };
             insn::advance(cx, len);
             cx.st.halted = true;
             Next::Resume
@@ -175,7 +179,11 @@ fn triple_fault(cx: &mut Cx<'_>) -> Next {
     let reason = cx.dom.params.lock().get(HVM_PARAM_TRIPLE_FAULT_REASON);
     match reason.and_then(|r| u8::try_from(r).ok()) {
         Some(reason) if u32::from(reason) != SHUTDOWN_CRASH => {
-            report_crash(cx, Exit::Shutdown, "triple fault, which this domain has instead of a shutdown");
+            report_crash(
+                cx,
+                Exit::Shutdown,
+                "triple fault, which this domain has instead of a shutdown",
+            );
             cx.dom.shutdown(cx.hv, reason);
             Next::Yield
         }
@@ -207,15 +215,43 @@ pub fn log_registers(cx: &Cx<'_>) {
         hw.segment(Seg::Cs).sel,
         hw.rip(),
         hw.rflags(),
-        if hw.rflags() & RFLAGS_IF != 0 { " IF" } else { "" },
+        if hw.rflags() & RFLAGS_IF != 0 {
+            " IF"
+        } else {
+            ""
+        },
         hw.cr(0),
         hw.cr(2),
         hw.cr(3),
         hw.cr(4),
         hw.efer()
     );
-    log::error!("  rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}", r.rax, r.rbx, r.rcx, r.rdx);
-    log::error!("  rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}", r.rsi, r.rdi, r.rbp, hw.rsp());
-    log::error!("  r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}", r.r8, r.r9, r.r10, r.r11);
-    log::error!("  r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}", r.r12, r.r13, r.r14, r.r15);
+    log::error!(
+        "  rax {:016x} rbx {:016x} rcx {:016x} rdx {:016x}",
+        r.rax,
+        r.rbx,
+        r.rcx,
+        r.rdx
+    );
+    log::error!(
+        "  rsi {:016x} rdi {:016x} rbp {:016x} rsp {:016x}",
+        r.rsi,
+        r.rdi,
+        r.rbp,
+        hw.rsp()
+    );
+    log::error!(
+        "  r8  {:016x} r9  {:016x} r10 {:016x} r11 {:016x}",
+        r.r8,
+        r.r9,
+        r.r10,
+        r.r11
+    );
+    log::error!(
+        "  r12 {:016x} r13 {:016x} r14 {:016x} r15 {:016x}",
+        r.r12,
+        r.r13,
+        r.r14,
+        r.r15
+    );
 }

@@ -142,7 +142,9 @@ impl Setting {
     }
 
     fn reg(&self, n: u8) -> u64 {
-        self.w.with_cx(1, 0, |cx| cx.st.regs.get(n).unwrap_or_else(|| cx.st.hw.rsp()))
+        self.w.with_cx(1, 0, |cx| {
+            cx.st.regs.get(n).unwrap_or_else(|| cx.st.hw.rsp())
+        })
     }
 
     fn set_reg(&self, n: u8, v: u64) {
@@ -331,22 +333,13 @@ fn exits_are_quiet_that_touch_nothing_an_entry_depends_on() {
     // A read and a write of a hole; the local APIC's registers are something else.
     s.code(&[0x8b, 0x00]);
     s.set_reg(RAX, HOLE);
-    assert_eq!(
-        s.exit_exactly(access(HOLE, false)),
-        Next::Quiet(2)
-    );
+    assert_eq!(s.exit_exactly(access(HOLE, false)), Next::Quiet(2));
     s.code(&[0x89, 0x08]);
     s.set_reg(RAX, HOLE);
-    assert_eq!(
-        s.exit_exactly(access(HOLE, true)),
-        Next::Quiet(2)
-    );
+    assert_eq!(s.exit_exactly(access(HOLE, true)), Next::Quiet(2));
     s.code(&[0x89, 0x08]);
     s.set_reg(RAX, MMIO_BASE + 0x80);
-    assert_eq!(
-        s.exit_exactly(access(MMIO_BASE + 0x80, true)),
-        Next::Resume
-    );
+    assert_eq!(s.exit_exactly(access(MMIO_BASE + 0x80, true)), Next::Resume);
 }
 
 #[test]
@@ -371,9 +364,11 @@ fn an_answer_to_cpuid_is_remembered_only_while_it_is_true() {
     let plain = twice(1, 0);
     assert_eq!(ask(1, 7), plain, "there are no subleaves");
     assert_eq!(plain[2] & OSXSAVE, 0);
-    s.hw(1, 0).with_state(|st| st.cr4 |= galvan_base::state::CR4_OSXSAVE);
+    s.hw(1, 0)
+        .with_state(|st| st.cr4 |= galvan_base::state::CR4_OSXSAVE);
     assert_eq!(twice(1, 0)[2], plain[2] | OSXSAVE);
-    s.hw(1, 0).with_state(|st| st.cr4 &= !galvan_base::state::CR4_OSXSAVE);
+    s.hw(1, 0)
+        .with_state(|st| st.cr4 &= !galvan_base::state::CR4_OSXSAVE);
     assert_eq!(twice(1, 0), plain);
     // Two subleaves in one place, and two leaves.
     assert_ne!(twice(0xd, 0), twice(0xd, 1));
@@ -693,7 +688,10 @@ fn an_interrupt_that_cr8_holds_back_comes_when_the_guest_lowers_it() {
     s.w.with_cx(1, 0, |cx| {
         assert!(crate::upcall::prepare_entry(cx));
         assert_eq!((hw.waiting(), hw.window()), (None, Window::Below(4)));
-        assert!(!lent(cx), "a processor that has the TPR does not exit for it");
+        assert!(
+            !lent(cx),
+            "a processor that has the TPR does not exit for it"
+        );
     });
     post(0x51);
     s.w.with_cx(1, 0, |cx| {
@@ -813,7 +811,11 @@ fn the_end_of_an_interrupt_is_quiet_unless_another_waits_behind_it() {
         }
         cx.st.lapic.accept(0x51);
     });
-    assert_eq!(s.wrmsr_exactly(X2_EOI, 0), Next::Resume, "0x41 can be taken now");
+    assert_eq!(
+        s.wrmsr_exactly(X2_EOI, 0),
+        Next::Resume,
+        "0x41 can be taken now"
+    );
     s.w.with_cx(1, 0, |cx| {
         assert_eq!(cx.st.lapic.highest_pending(), Some(0x41));
         cx.st.lapic.accept(0x41);
@@ -843,9 +845,13 @@ fn an_event_to_oneself_is_looked_at_before_the_next_entry() {
     };
     // Masked, nobody is to be told.
     let mask = 2560 + u64::from(port) / 64 * 8;
-    s.w.machine.store_u64(d.shared_info, mask as usize, 1 << (port % 64)).unwrap();
+    s.w.machine
+        .store_u64(d.shared_info, mask as usize, 1 << (port % 64))
+        .unwrap();
     assert_eq!(send(), Next::Quiet(3));
-    s.w.machine.store_u64(d.shared_info, mask as usize, 0).unwrap();
+    s.w.machine
+        .store_u64(d.shared_info, mask as usize, 0)
+        .unwrap();
     s.w.machine.store_u64(d.shared_info, 2048, 0).unwrap();
     assert_eq!(send(), Next::Resume, "there is an interrupt to take");
     assert!(!v.has_posted(), "which is nobody else's business");
@@ -858,7 +864,11 @@ fn an_event_to_oneself_is_looked_at_before_the_next_entry() {
     // Its end is quiet, and one that came with a level is not.
     assert_eq!(s.wrmsr_exactly(X2_EOI, 0), Next::Quiet(2));
     s.w.with_cx(1, 0, |cx| assert!(cx.st.lapic.is_idle()));
-    assert_eq!(s.wrmsr_exactly(X2_EOI, 0), Next::Resume, "of none: what is not frequent is not quiet");
+    assert_eq!(
+        s.wrmsr_exactly(X2_EOI, 0),
+        Next::Resume,
+        "of none: what is not frequent is not quiet"
+    );
     s.w.with_cx(1, 0, |cx| {
         cx.st.lapic.post(0x41, true);
         cx.st.lapic.accept(0x41);
@@ -878,8 +888,14 @@ fn who_has_sent_to_itself_does_not_wait_for_another_port() {
     let s = Setting::new();
     s.x2apic();
     let d = s.w.dom(1);
-    d.vcpu(0).unwrap().upcall_vector.store(0xf3, Ordering::Relaxed);
-    let (own, other) = (crate::evtchn::bind_ipi(d, 0).unwrap(), crate::evtchn::bind_ipi(d, 0).unwrap());
+    d.vcpu(0)
+        .unwrap()
+        .upcall_vector
+        .store(0xf3, Ordering::Relaxed);
+    let (own, other) = (
+        crate::evtchn::bind_ipi(d, 0).unwrap(),
+        crate::evtchn::bind_ipi(d, 0).unwrap(),
+    );
     // In one multicall, so that nothing is taken in between.
     let send_and_poll = |flags| {
         s.hw(1, 0).with_state(|st| st.rflags = flags);
@@ -958,7 +974,11 @@ fn a_processor_that_can_deliver_interrupts_is_lent_those_that_wait() {
         let has = hw.lent().unwrap();
         let all = [0, 1 << 1 | 1 << 15 | 1 << 18, 0, 0];
         assert_eq!((has.waiting, has.in_service), (all, [0; 4]));
-        assert_eq!(has.exits, [0, 1 << 18, 0, 0], "the end of the level one alone");
+        assert_eq!(
+            has.exits,
+            [0, 1 << 18, 0, 0],
+            "the end of the level one alone"
+        );
         hw.push_exit(Exit::Hlt(1));
         cx.st.hw.enter(&mut cx.st.regs);
         assert_eq!(hw.take_delivered(), [Event::Interrupt(0x52)]);

@@ -6,9 +6,9 @@
 
 use alloc::vec::Vec;
 
-use galvan_base::hw::HostMem;
 use galvan_base::Gfn;
 use galvan_base::direct::KnownWord;
+use galvan_base::hw::HostMem;
 use galvan_dom0_proto::errno::GntStatus;
 use galvan_dom0_proto::grant_table::{
     GRANT_ENTRIES_V1_PER_FRAME, GTF_PERMIT_ACCESS, GTF_READING, GTF_READONLY, GTF_TYPE_MASK,
@@ -133,8 +133,7 @@ impl Granted {
         }
         while self.frames() < n {
             let grown = self.seen_at.try_reserve(1).is_ok()
-                && (self.users.frames() > self.table.frames()
-                    || self.users.grow(frames).is_ok())
+                && (self.users.frames() > self.table.frames() || self.users.grow(frames).is_ok())
                 && self.table.grow(frames).is_ok();
             if !grown {
                 return Err(GntStatus::NO_SPACE);

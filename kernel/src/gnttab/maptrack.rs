@@ -7,8 +7,8 @@
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 
-use galvan_base::hw::{HostMem, MemFault};
 use galvan_base::direct::KnownWord;
+use galvan_base::hw::{HostMem, MemFault};
 use galvan_base::{Gfn, Mfn};
 use galvan_dom0_proto::errno::GntStatus;
 

@@ -18,8 +18,8 @@ use proptest::prelude::*;
 use zerocopy::{FromBytes, FromZeros, Immutable, IntoBytes};
 
 use super::*;
-use crate::lifecycle::LogDirty;
 use crate::hypercall::Outcome;
+use crate::lifecycle::LogDirty;
 use crate::mm::{FrameUse, Owner};
 use crate::p2m::P2mType;
 use crate::testing::{RAM, World, config};

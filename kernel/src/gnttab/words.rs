@@ -5,8 +5,8 @@
 
 use alloc::vec::Vec;
 
-use galvan_base::hw::{Exhausted, HostMem};
 use galvan_base::direct::{KnownPage, KnownWord};
+use galvan_base::hw::{Exhausted, HostMem};
 use galvan_base::{Mfn, PAGE_SIZE, nospec};
 
 use crate::mm::{FrameTable, Owner};

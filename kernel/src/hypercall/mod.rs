@@ -239,7 +239,9 @@ fn from_elsewhere(cx: &mut Cx<'_>) -> After {
 fn compat(cx: &mut Cx<'_>, number: u64, args: Args) -> End {
     match number as u32 {
         _ if number > u64::from(u32::MAX) => End::failed(Errno::ENOSYS),
-        nr::HYPERVISOR_SCHED_OP if args[0] != u64::from(galvan_dom0_proto::sched::SCHEDOP_POLL) => dispatch(cx, number, args),
+        nr::HYPERVISOR_SCHED_OP if args[0] != u64::from(galvan_dom0_proto::sched::SCHEDOP_POLL) => {
+            dispatch(cx, number, args)
+        }
         nr::HYPERVISOR_XEN_VERSION if args[0] == 0 => dispatch(cx, number, args),
         nr::HYPERVISOR_VM_ASSIST => dispatch(cx, number, args),
         _ => {

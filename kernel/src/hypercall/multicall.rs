@@ -158,5 +158,9 @@ fn some(cx: &mut Cx<'_>, place: &mut Place, list: u64, count: u64) -> Ret {
             0,
         ]));
     }
-    Ok(if quiet { Outcome::Quiet(0) } else { Outcome::Done(0) })
+    Ok(if quiet {
+        Outcome::Quiet(0)
+    } else {
+        Outcome::Done(0)
+    })
 }

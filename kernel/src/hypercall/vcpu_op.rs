@@ -179,7 +179,8 @@ fn register_vcpu_info(
     match v.info() {
         Some(from) => {
             let from = from.mpa();
-            hw.read(from.frame(), from.offset(), &mut old).map_err(|_| Errno::EFAULT)?
+            hw.read(from.frame(), from.offset(), &mut old)
+                .map_err(|_| Errno::EFAULT)?
         }
         // There was none: everything is masked until the guest says otherwise.
         None => old[1] = 1,

@@ -315,8 +315,7 @@ impl<H: AmdHw> Iommu for AmdVi<H> {
         if let Some(at) = c.single(&self.hw, d, order) {
             let [read, write] = c.kinds;
             let kind = if a.write { write } else { read };
-            c.table
-                .set_single(&self.hw, &at, m, kind, &mut c.pending);
+            c.table.set_single(&self.hw, &at, m, kind, &mut c.pending);
         } else {
             c.change(d, order, |c, i, order, preparing| {
                 let at = Gfn::new_truncate(d.get() + i);

@@ -24,10 +24,7 @@
 mod buddy;
 mod page_ref;
 #[cfg(test)]
-#[expect(
-    clippy::single_range_in_vec_init,
-    reason = "memory maps of one range"
-)]
+#[expect(clippy::single_range_in_vec_init, reason = "memory maps of one range")]
 mod tests;
 
 use alloc::vec::Vec;

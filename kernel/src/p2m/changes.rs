@@ -61,10 +61,7 @@ impl PartedList {
     fn reserve(&mut self) -> Result<(), P2mError> {
         match self.last {
             None => Ok(()),
-            Some(_) => self
-                .before
-                .try_reserve(1)
-                .map_err(|_| P2mError::Exhausted),
+            Some(_) => self.before.try_reserve(1).map_err(|_| P2mError::Exhausted),
         }
     }
 
@@ -253,7 +250,9 @@ impl<'a> Changes<'a> {
         let mut inner = p2m.inner.write();
         match P2mType::of(&inner.table.lookup(p2m.frames.mem(), g)) {
             P2mType::ApicPage => Ok(()),
-            P2mType::None => self.replace(&mut inner, g, mfn, PageOrder::P4K, P2mType::ApicPage, false),
+            P2mType::None => {
+                self.replace(&mut inner, g, mfn, PageOrder::P4K, P2mType::ApicPage, false)
+            }
             _ => Err(P2mError::Busy),
         }
     }

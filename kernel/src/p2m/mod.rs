@@ -192,7 +192,9 @@ impl P2mType {
         let (read, write, exec) = match self {
             P2mType::Ram | P2mType::MmioDirect => (true, true, true),
             P2mType::RamRo | P2mType::LogDirty => (true, false, true),
-            P2mType::ForeignRw | P2mType::GrantRw | P2mType::Shared | P2mType::ApicPage => (true, true, false),
+            P2mType::ForeignRw | P2mType::GrantRw | P2mType::Shared | P2mType::ApicPage => {
+                (true, true, false)
+            }
             P2mType::ForeignRo | P2mType::GrantRo => (true, false, false),
             _ => (false, false, false),
         };

@@ -640,7 +640,11 @@ impl<E: Entity> RunQueues<E> {
     /// When the CPU has to look again, for one who asks often.
     pub fn turn(&self, cpu: CpuId) -> Turn<'_> {
         static NO_CPU: AtomicU64 = AtomicU64::new(NEVER);
-        Turn(self.cpus.get(cpu.0 as usize).map_or(&NO_CPU, |c| &c.look_at))
+        Turn(
+            self.cpus
+                .get(cpu.0 as usize)
+                .map_or(&NO_CPU, |c| &c.look_at),
+        )
     }
 
     /// The time, if [`RunQueues::must_yield`] has something to do then. One load while nobody else waits for

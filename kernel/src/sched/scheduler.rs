@@ -109,7 +109,10 @@ impl Scheduler {
     /// the CPU. `now` is the time, if the caller has looked.
     #[inline(always)]
     pub fn must_yield(&self, hv: Hv, cpu: CpuId, now: Option<u64>) -> bool {
-        match self.0.may_have_to_yield(cpu, || now.unwrap_or_else(|| hv.hw.now_ns())) {
+        match self
+            .0
+            .may_have_to_yield(cpu, || now.unwrap_or_else(|| hv.hw.now_ns()))
+        {
             Some(now) => self.turn_over(hv, cpu, now),
             None => false,
         }
@@ -250,7 +253,10 @@ mod tests {
     fn a_pause_returns_when_the_vcpu_is_off_its_cpu() {
         let w = world();
         let hv = w.hv;
-        let v = hv.sched.pick(hv, CPU1, hv.hw.now_ns()).expect("one is runnable");
+        let v = hv
+            .sched
+            .pick(hv, CPU1, hv.hw.now_ns())
+            .expect("one is runnable");
         let d = v.domain().expect("alive");
         let unit = v.clone();
         let on_cpu1 = Mutex::new(Some(v));
@@ -262,7 +268,10 @@ mod tests {
         d.pause(hv);
         assert_eq!(w.machine.take_kicks(), [CPU1]);
         assert_eq!(unit.unit.running_on(), None);
-        let other = hv.sched.pick(hv, CPU1, hv.hw.now_ns()).expect("the other domain");
+        let other = hv
+            .sched
+            .pick(hv, CPU1, hv.hw.now_ns())
+            .expect("the other domain");
         assert_ne!(other.domid, d.id);
         // Unpaused, it finds the idle CPU.
         assert!(hv.sched.pick(hv, CPU0, hv.hw.now_ns()).is_none());
@@ -273,11 +282,17 @@ mod tests {
     #[test]
     fn who_pauses_its_own_domain_does_not_wait_for_itself() {
         let w = world();
-        let v = w.hv.sched.pick(w.hv, CPU0, w.hv.hw.now_ns()).expect("one is runnable");
+        let v =
+            w.hv.sched
+                .pick(w.hv, CPU0, w.hv.hw.now_ns())
+                .expect("one is runnable");
         v.domain().expect("alive").pause(w.hv);
         assert_eq!(v.unit.running_on(), Some(CPU0));
         w.hv.sched.put_back(w.hv, CPU0, v);
-        let next = w.hv.sched.pick(w.hv, CPU0, w.hv.hw.now_ns()).expect("the other domain");
+        let next =
+            w.hv.sched
+                .pick(w.hv, CPU0, w.hv.hw.now_ns())
+                .expect("the other domain");
         assert!(next.runnable());
     }
 

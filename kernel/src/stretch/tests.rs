@@ -98,7 +98,9 @@ struct Play {
 impl Play {
     fn new() -> Play {
         let w = World::on(
-            std::boxed::Box::leak(std::boxed::Box::new(galvan_base::testing::FakeMachine::new(6))),
+            std::boxed::Box::leak(std::boxed::Box::new(
+                galvan_base::testing::FakeMachine::new(6),
+            )),
             2,
             |d| config(d == 0, 1),
         );
@@ -116,7 +118,8 @@ impl Play {
             };
             w.put(dom, ARG, &table);
             let args = [u64::from(XENMEM_ADD_TO_PHYSMAP), ARG, 0, 0, 0];
-            w.call(dom, 0, nr::HYPERVISOR_MEMORY_OP, args).expect("a grant table");
+            w.call(dom, 0, nr::HYPERVISOR_MEMORY_OP, args)
+                .expect("a grant table");
         }
         // What the guest grants to dom0: pages that stay, others that come and go, some read-only.
         for gref in 8..24u32 {
@@ -204,7 +207,9 @@ impl Play {
         self.w.put(0, LIST, ops);
         let args = [cmd.into(), LIST, ops.len() as u64, 0, 0];
         let _ = self.call(0, nr::HYPERVISOR_GRANT_TABLE_OP, args);
-        (0..ops.len()).map(|i| self.w.get(0, LIST + (i * size_of::<T>()) as u64)).collect()
+        (0..ops.len())
+            .map(|i| self.w.get(0, LIST + (i * size_of::<T>()) as u64))
+            .collect()
     }
 
     fn domctl<T: IntoBytes + Immutable>(&mut self, cmd: u32, payload: &T) -> Result<u64, Errno> {
@@ -258,7 +263,8 @@ impl Play {
                     return;
                 }
                 for op in self.grants(GNTTABOP_MAP_GRANT_REF, &ops) {
-                    self.said.push(format!("mapped {:?} {}", op.status, op.handle));
+                    self.said
+                        .push(format!("mapped {:?} {}", op.status, op.handle));
                     self.handles.push((op.handle, op.host_addr));
                 }
             }
@@ -312,7 +318,10 @@ impl Play {
                 let back: XenDomctl = self.w.get(0, ARG);
                 let back: XenDomctlShadowOp = back.payload();
                 let bits: [u8; 32] = self.w.get(0, LIST);
-                self.said.push(format!("{} {} {bits:x?}", back.pages, back.stats.dirty_count));
+                self.said.push(format!(
+                    "{} {} {bits:x?}",
+                    back.pages, back.stats.dirty_count
+                ));
             }
         }
     }
@@ -325,7 +334,8 @@ impl Play {
                 let l = d.p2m.lookup(Gfn::new_truncate(gfn));
                 let seen = l.ty != P2mType::None && gfn != CALLS / PAGE_SIZE as u64;
                 let word = seen.then(|| w.read::<[u64; 64]>(l.mfn, 0));
-                self.said.push(format!("d{dom} {gfn:x}: {:?} {word:x?}", l.ty));
+                self.said
+                    .push(format!("d{dom} {gfn:x}: {:?} {word:x?}", l.ty));
             }
             self.said.push(format!(
                 "d{dom} has {} pages, {} tables, {} mappings of grants, {} used by others",
@@ -335,7 +345,8 @@ impl Play {
                 d.gnttab.used_by_others()
             ));
         }
-        self.said.push(format!("free: {}", w.hv.frames.free_frames()));
+        self.said
+            .push(format!("free: {}", w.hv.frames.free_frames()));
     }
 }
 

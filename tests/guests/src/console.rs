@@ -38,7 +38,10 @@ impl Write for Line {
 
 #[doc(hidden)]
 pub fn print_line(args: fmt::Arguments<'_>) {
-    let mut line = Line { text: [0; 240], len: 0 };
+    let mut line = Line {
+        text: [0; 240],
+        len: 0,
+    };
     let _ = line.write_fmt(args);
     line.len = line.len.min(239);
     let _ = line.write_str("\n");
@@ -46,7 +49,13 @@ pub fn print_line(args: fmt::Arguments<'_>) {
     if is_privileged() {
         hypercall::call(
             HYPERVISOR_CONSOLE_IO,
-            [CONSOLEIO_WRITE.into(), text.len() as u64, text.as_ptr() as u64, 0, 0],
+            [
+                CONSOLEIO_WRITE.into(),
+                text.len() as u64,
+                text.as_ptr() as u64,
+                0,
+                0,
+            ],
         );
     } else {
         for &b in text {

@@ -35,7 +35,9 @@ pub fn rdmsr(msr: u32) -> u64 {
 #[inline(always)]
 pub fn wrmsr(msr: u32, value: u64) {
     // SAFETY: micro-guests run on the bare (virtual) processor, and own it.
-    unsafe { asm!("wrmsr", in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack)) };
+    unsafe {
+        asm!("wrmsr", in("ecx") msr, in("eax") value as u32, in("edx") (value >> 32) as u32, options(nostack))
+    };
 }
 
 /// Reads a port.
@@ -59,7 +61,9 @@ pub fn outb(port: u16, v: u8) {
 pub fn read32(at: u64) -> u32 {
     let v: u32;
     // SAFETY: as for `wrmsr`; a fixed form of the instruction, so that its emulation is comparable.
-    unsafe { asm!("mov {v:e}, dword ptr [{at}]", v = out(reg) v, at = in(reg) at, options(nostack)) };
+    unsafe {
+        asm!("mov {v:e}, dword ptr [{at}]", v = out(reg) v, at = in(reg) at, options(nostack))
+    };
     v
 }
 
@@ -67,7 +71,9 @@ pub fn read32(at: u64) -> u32 {
 #[inline(always)]
 pub fn write32(at: u64, v: u32) {
     // SAFETY: as above.
-    unsafe { asm!("mov dword ptr [{at}], {v:e}", v = in(reg) v, at = in(reg) at, options(nostack)) };
+    unsafe {
+        asm!("mov dword ptr [{at}], {v:e}", v = in(reg) v, at = in(reg) at, options(nostack))
+    };
 }
 
 /// Takes interrupts from here on.

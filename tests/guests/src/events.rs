@@ -6,9 +6,7 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use galvan_dom0_proto::DomId;
 use galvan_dom0_proto::event_channel as ec;
 use galvan_dom0_proto::hvm::{HVMOP_SET_EVTCHN_UPCALL_VECTOR, XenHvmEvtchnUpcallVector};
-use galvan_dom0_proto::memory::{
-    XENMAPSPACE_SHARED_INFO, XENMEM_ADD_TO_PHYSMAP, XenAddToPhysmap,
-};
+use galvan_dom0_proto::memory::{XENMAPSPACE_SHARED_INFO, XENMEM_ADD_TO_PHYSMAP, XenAddToPhysmap};
 use galvan_dom0_proto::xen::{
     HYPERVISOR_EVENT_CHANNEL_OP, HYPERVISOR_HVM_OP, HYPERVISOR_MEMORY_OP,
 };
@@ -74,7 +72,11 @@ unsafe extern "C" {
 
 /// Whether upcalls note the time at which they come ([`UPCALL_TSC`]), which costs where RDTSC exits.
 pub fn timed(yes: bool) {
-    let handler = if yes { &raw const guest_timed_upcall } else { &raw const guest_upcall };
+    let handler = if yes {
+        &raw const guest_timed_upcall
+    } else {
+        &raw const guest_upcall
+    };
     cpu::set_gate(VECTOR, handler as u64);
 }
 
@@ -117,7 +119,11 @@ pub fn set_up() -> i64 {
     }
     SHARED.set(2560 / 8, !0);
     timed(false);
-    let mut v = XenHvmEvtchnUpcallVector { vcpu: 0, vector: VECTOR, _pad: [0; 3] };
+    let mut v = XenHvmEvtchnUpcallVector {
+        vcpu: 0,
+        vector: VECTOR,
+        _pad: [0; 3],
+    };
     op(HYPERVISOR_HVM_OP, HVMOP_SET_EVTCHN_UPCALL_VECTOR, &mut v)
 }
 
@@ -138,26 +144,59 @@ pub fn clear_pending() {
 
 /// An unbound port for `remote`.
 pub fn alloc_unbound(remote: DomId) -> Result<u32, i64> {
-    let mut a = ec::EvtchnAllocUnbound { dom: DomId::SELF, remote_dom: remote, port: 0 };
-    result(op(HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_ALLOC_UNBOUND, &mut a), a.port)
+    let mut a = ec::EvtchnAllocUnbound {
+        dom: DomId::SELF,
+        remote_dom: remote,
+        port: 0,
+    };
+    result(
+        op(
+            HYPERVISOR_EVENT_CHANNEL_OP,
+            ec::EVTCHNOP_ALLOC_UNBOUND,
+            &mut a,
+        ),
+        a.port,
+    )
 }
 
 /// A port whose other end is `port` of `remote`.
 pub fn bind_interdomain(remote: DomId, port: u32) -> Result<u32, i64> {
-    let mut a = ec::EvtchnBindInterdomain { remote_dom: remote, _pad: 0, remote_port: port, local_port: 0 };
-    result(op(HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_BIND_INTERDOMAIN, &mut a), a.local_port)
+    let mut a = ec::EvtchnBindInterdomain {
+        remote_dom: remote,
+        _pad: 0,
+        remote_port: port,
+        local_port: 0,
+    };
+    result(
+        op(
+            HYPERVISOR_EVENT_CHANNEL_OP,
+            ec::EVTCHNOP_BIND_INTERDOMAIN,
+            &mut a,
+        ),
+        a.local_port,
+    )
 }
 
 /// A port for a virtual interrupt of vCPU 0.
 pub fn bind_virq(virq: u32) -> Result<u32, i64> {
-    let mut a = ec::EvtchnBindVirq { virq, vcpu: 0, port: 0 };
-    result(op(HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_BIND_VIRQ, &mut a), a.port)
+    let mut a = ec::EvtchnBindVirq {
+        virq,
+        vcpu: 0,
+        port: 0,
+    };
+    result(
+        op(HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_BIND_VIRQ, &mut a),
+        a.port,
+    )
 }
 
 /// A port for interrupts between vCPUs, to vCPU 0.
 pub fn bind_ipi() -> Result<u32, i64> {
     let mut a = ec::EvtchnBindIpi { vcpu: 0, port: 0 };
-    result(op(HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_BIND_IPI, &mut a), a.port)
+    result(
+        op(HYPERVISOR_EVENT_CHANNEL_OP, ec::EVTCHNOP_BIND_IPI, &mut a),
+        a.port,
+    )
 }
 
 /// Sends.

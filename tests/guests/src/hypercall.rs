@@ -72,7 +72,10 @@ pub fn call_raw(number: u64, args: [u64; 5]) -> i64 {
 /// An operation on one structure.
 #[inline(always)]
 pub fn op<T>(number: u32, cmd: u32, arg: &mut T) -> i64 {
-    call(number, [cmd.into(), core::ptr::from_mut(arg) as u64, 0, 0, 0])
+    call(
+        number,
+        [cmd.into(), core::ptr::from_mut(arg) as u64, 0, 0, 0],
+    )
 }
 
 /// Ends the domain. Does not return.

@@ -48,7 +48,13 @@ impl Page {
     /// Writes a word.
     pub fn set(&self, index: usize, value: u64) {
         // SAFETY: as above.
-        unsafe { self.0.get().cast::<u64>().add(index & 511).write_volatile(value) }
+        unsafe {
+            self.0
+                .get()
+                .cast::<u64>()
+                .add(index & 511)
+                .write_volatile(value)
+        }
     }
 }
 

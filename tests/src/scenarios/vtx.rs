@@ -63,23 +63,35 @@ pub(super) fn debian(c: &mut Console) -> Result<()> {
         c.elapsed().as_secs_f32()
     ));
     c.expect(r"root@galvan:~# ", 900)?;
-    let root = c.run("findmnt -no SOURCE /; lsmod | grep -E '^(ata_piix|e1000)' | cut -d' ' -f1", 120)?;
+    let root = c.run(
+        "findmnt -no SOURCE /; lsmod | grep -E '^(ata_piix|e1000)' | cut -d' ' -f1",
+        120,
+    )?;
     ensure!(
         root.contains("/dev/sda2") && root.contains("ata_piix") && root.contains("e1000"),
         "root and drivers: {root}"
     );
     let failed = c.run("systemctl --failed --no-legend --plain | cat", 240)?;
     ensure!(failed.trim().is_empty(), "failed units:\n{failed}");
-    let written = c.run(&format!("dd if=/dev/urandom of=f bs=1M count={MIB} conv=fsync 2>/dev/null; sha256sum < f"), 240)?;
+    let written = c.run(
+        &format!("dd if=/dev/urandom of=f bs=1M count={MIB} conv=fsync 2>/dev/null; sha256sum < f"),
+        240,
+    )?;
     let read = c.run("echo 3 > /proc/sys/vm/drop_caches; sha256sum < f", 240)?;
     same_bytes("dom0's disk", &written, &read)?;
     let net = c.run(
         "for i in $(seq 60); do ip route | grep -q ^default && break; sleep 1; done; networkctl | cat; ip -4 address; ip route; grep -E 'eth|en[ops]' /proc/interrupts; dmesg | grep -i e1000",
         240,
     )?;
-    ensure!(net.contains("default via 10.0.2.2"), "dom0's network:\n{net}");
+    ensure!(
+        net.contains("default via 10.0.2.2"),
+        "dom0's network:\n{net}"
+    );
     let gateway = c.run("ping -c 3 10.0.2.2", 240)?;
-    ensure!(gateway.contains(" 0% packet loss"), "dom0 to its gateway:\n{gateway}");
+    ensure!(
+        gateway.contains(" 0% packet loss"),
+        "dom0 to its gateway:\n{gateway}"
+    );
     nothing_lost(c)?;
     c.send("reboot\n")?;
     c.expect(r"dom0 has shut down: rebooting", 900)?;

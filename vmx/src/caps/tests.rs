@@ -166,7 +166,10 @@ fn the_controls_of_a_known_processor_are_these() {
             entry: 0xd1ff,
         }
     );
-    assert_eq!(c.features, Features::VPID | Features::PAUSE_LOOP | Features::APIC_PAGE);
+    assert_eq!(
+        c.features,
+        Features::VPID | Features::PAUSE_LOOP | Features::APIC_PAGE
+    );
     assert_eq!(c.virtual_eoi(), 0, "servers alone had it then");
     assert_eq!((c.apic_page(false), c.apic_page(true)), (1, 1), "TPR alone");
     assert_eq!((c.revision, c.phys_bits), (4, 39));
@@ -201,7 +204,10 @@ fn interrupts_are_ended_by_processors_that_can() {
     assert_eq!((c.features, c.virtual_eoi()), (rest, 0));
     // What needs the other goes with it.
     for (name, gone) in [
-        ("virtualintr", Features::VIRTUAL_INTERRUPTS | Features::POSTED),
+        (
+            "virtualintr",
+            Features::VIRTUAL_INTERRUPTS | Features::POSTED,
+        ),
         ("posted", Features::POSTED),
         ("apicpage", Features::APIC_PAGE),
     ] {
@@ -223,12 +229,22 @@ fn interrupts_are_ended_by_processors_that_can() {
     let mut r = sapphire_rapids();
     r.secondary &= !(1 << 32);
     let c = settle(&r, Features::empty()).unwrap();
-    assert_eq!((c.features, c.virtual_eoi()), (Features::all() - Features::APIC_PAGE, 0x310));
+    assert_eq!(
+        (c.features, c.virtual_eoi()),
+        (Features::all() - Features::APIC_PAGE, 0x310)
+    );
     let mut r = sapphire_rapids();
     r.secondary &= !(1 << 41);
     let c = settle(&r, Features::empty()).unwrap();
-    assert!(c.features.contains(Features::APIC_PAGE | Features::APIC_REGISTERS));
-    assert_eq!((c.apic_page(true), c.virtual_eoi()), (0x101, 0), "without delivery");
+    assert!(
+        c.features
+            .contains(Features::APIC_PAGE | Features::APIC_REGISTERS)
+    );
+    assert_eq!(
+        (c.apic_page(true), c.virtual_eoi()),
+        (0x101, 0),
+        "without delivery"
+    );
     // MSRs of the x2APIC have to be virtual.
     let mut r = sapphire_rapids();
     r.secondary &= !(1 << 36);

@@ -87,7 +87,11 @@ fn a_step_over_an_instruction_is_four_accesses_and_as_wide_as_the_code() {
     // The first entry is another.
     v.set_state(&s);
     at(&mut v, 0);
-    assert_eq!(at(&mut v, 0x10), (0x12, 3), "RIP, RFLAGS and the interrupt shadow");
+    assert_eq!(
+        at(&mut v, 0x10),
+        (0x12, 3),
+        "RIP, RFLAGS and the interrupt shadow"
+    );
     assert_eq!(at(&mut v, 0xfffe), (0, 4), "and CS, at a boundary");
     s.cr0 |= CR0_PE;
     s.seg[Seg::Cs as usize].attr = 0xc9b;
@@ -98,7 +102,11 @@ fn a_step_over_an_instruction_is_four_accesses_and_as_wide_as_the_code() {
     v.set_state(&long_mode());
     assert_eq!(at(&mut v, 0xffff_fffe).0, 0x1_0000_0000);
     accesses();
-    assert_eq!((v.runs_long(), accesses().0), (true, 0), "the address says so");
+    assert_eq!(
+        (v.runs_long(), accesses().0),
+        (true, 0),
+        "the address says so"
+    );
     assert_eq!(at(&mut v, 0x1000).0, 0x1002);
     assert!(v.runs_long());
     v.unload();
@@ -117,10 +125,7 @@ fn an_entry_behind_an_instruction_reads_three_fields_more_and_writes_rip() {
         assert_eq!(g.get(RIP), 0x102);
         g.exit(reason::CPUID);
     });
-    assert_eq!(
-        v.enter_behind(&mut Gprs::default(), 2),
-        Exit::Cpuid(2)
-    );
+    assert_eq!(v.enter_behind(&mut Gprs::default(), 2), Exit::Cpuid(2));
     // RIP, RFLAGS, interruptibility; reason, length.
     assert_eq!(accesses(), (5, 1));
     assert_eq!(v.rip(), 0x102);
@@ -145,10 +150,7 @@ fn an_entry_behind_an_instruction_is_refused_where_an_exception_follows_that() {
             }
             let rip = v.rip();
             log();
-            assert_eq!(
-                v.enter_behind(&mut Gprs::default(), 2),
-                Exit::StepFirst
-            );
+            assert_eq!(v.enter_behind(&mut Gprs::default(), 2), Exit::StepFirst);
             assert!(log().is_empty() && v.rip() == rip);
         }
     }
@@ -187,10 +189,7 @@ fn whatever_else_is_to_be_settled_an_entry_is_behind_the_instruction() {
             assert!(n != 1 || g.get(RSP) == 99);
             g.exit(reason::CPUID);
         });
-        assert_eq!(
-            v.enter_behind(&mut Gprs::default(), 2),
-            Exit::Cpuid(2)
-        );
+        assert_eq!(v.enter_behind(&mut Gprs::default(), 2), Exit::Cpuid(2));
     }
     v.unload();
 }
@@ -550,10 +549,7 @@ fn a_state_that_entry_would_refuse_is_not_tried() {
     v.set_state(&s);
     v.load();
     log();
-    assert_eq!(
-        enter(&mut v),
-        Exit::EntryFailed { vendor_code: 0 }
-    );
+    assert_eq!(enter(&mut v), Exit::EntryFailed { vendor_code: 0 });
     assert_eq!(v.failed_check(), "CR4 reserved bits");
     assert_eq!(log(), [] as [&str; 0]);
     v.set_state(&ArchState::at_reset());
@@ -598,10 +594,7 @@ fn controls_that_are_refused_are_told_from_guest_state() {
     });
     enter(&mut v);
     entry_ends(Entry::Refused);
-    assert_eq!(
-        enter(&mut v),
-        Exit::EntryFailed { vendor_code: 7 }
-    );
+    assert_eq!(enter(&mut v), Exit::EntryFailed { vendor_code: 7 });
     assert_eq!(v.failed_check(), "control fields");
     v.unload();
 }
@@ -652,8 +645,18 @@ fn interrupts_in_service_are_in_the_virtual_apic_page() {
     enter(&mut v);
     v.write_vectors(ISR_WORD, lent.in_service, [0; 4]);
     assert!(v.lent_is_empty());
-    let none = Lent { waiting: [0; 4], in_service: [0; 4], ..lent };
-    for (l, status) in [(&none, 0), (&none, 0), (&lent, 193 << 8), (&none, 0), (&lent, 193 << 8)] {
+    let none = Lent {
+        waiting: [0; 4],
+        in_service: [0; 4],
+        ..lent
+    };
+    for (l, status) in [
+        (&none, 0),
+        (&none, 0),
+        (&lent, 193 << 8),
+        (&none, 0),
+        (&lent, 193 << 8),
+    ] {
         let was = v.lent_interrupts();
         assert_eq!(v.lent_interrupts(), was);
         v.lend_interrupts(Some(l));
@@ -719,7 +722,11 @@ fn interrupts_that_wait_are_there_too_and_the_highest_is_named() {
     assert_eq!(in_service, [1 << 35, 1 << 33, 0, 0]);
     v.lend_interrupts(None);
     guest(|g| {
-        assert_eq!(g.get(field::PIN) & 0x80, 0, "not without virtual-interrupt delivery");
+        assert_eq!(
+            g.get(field::PIN) & 0x80,
+            0,
+            "not without virtual-interrupt delivery"
+        );
         g.exit(reason::HLT);
     });
     enter(&mut v);
@@ -763,9 +770,20 @@ fn the_page_of_a_local_apic_is_answered_from_the_virtual_apic_page() {
         g.set(field::QUALIFICATION, 0x350);
     });
     assert_eq!(enter(&mut v), Exit::ApicWrite(0x350));
-    assert!(log().contains(&"invept"), "translations to the page meant something else");
+    assert!(
+        log().contains(&"invept"),
+        "translations to the page meant something else"
+    );
     assert_eq!((word(&v, 0x80), word(&v, 0x20)), (0x2f, 6 << 24));
-    assert_eq!((word(&v, 0x1b0), word(&v, 0x220), word(&v, 0x230), word(&v, 0x110)), (2, 1, 2, 8));
+    assert_eq!(
+        (
+            word(&v, 0x1b0),
+            word(&v, 0x220),
+            word(&v, 0x230),
+            word(&v, 0x110)
+        ),
+        (2, 1, 2, 8)
+    );
     // The guest's write is taken; the register is shown anew.
     assert_eq!(v.take_written(0x350), 0x1_0700);
     assert_eq!((v.take_written(0x353), word(&v, 0x350)), (0, 0));
@@ -775,7 +793,10 @@ fn the_page_of_a_local_apic_is_answered_from_the_virtual_apic_page() {
     assert_eq!(v.shown_apic(), (0x2f, 7 << 56 | 0x4_0041));
     // Nothing changes: a look at the interrupts.
     accesses();
-    v.show_apic(&Shown { registers: &[], ..SHOWN });
+    v.show_apic(&Shown {
+        registers: &[],
+        ..SHOWN
+    });
     assert_eq!(accesses(), (1, 0));
     // x2APIC mode.
     v.lend_interrupts(Some(&Lent::default()));
@@ -803,7 +824,10 @@ fn interrupts_that_are_only_shown_are_not_named_to_the_processor() {
     let vmx = boot(settle(&caps::tests::sapphire_rapids(), off).unwrap());
     let mut v = vcpu(vmx, 0x1000, false);
     v.load();
-    let ends = Shown { does: VirtualApic::Ends, ..SHOWN };
+    let ends = Shown {
+        does: VirtualApic::Ends,
+        ..SHOWN
+    };
     v.show_apic(&ends);
     guest(|g| {
         assert_eq!(g.get(field::SECONDARY) & 0x311, 0x301);
@@ -812,7 +836,11 @@ fn interrupts_that_are_only_shown_are_not_named_to_the_processor() {
     });
     enter(&mut v);
     let lent = SHOWN.interrupts;
-    assert_eq!(v.lent_interrupts(), (lent.waiting, lent.in_service), "though RVI is 0");
+    assert_eq!(
+        v.lent_interrupts(),
+        (lent.waiting, lent.in_service),
+        "though RVI is 0"
+    );
     assert!(!v.lent_is_empty());
     // The guest sends itself vector 98: RVI says so until the next entry.
     v.show_apic(&ends);
@@ -825,10 +853,21 @@ fn interrupts_that_are_only_shown_are_not_named_to_the_processor() {
     let mut more = lent;
     more.waiting[1] |= 1 << 34;
     assert_eq!(v.lent_interrupts().0, more.waiting);
-    v.show_apic(&Shown { interrupts: more, ..ends });
+    v.show_apic(&Shown {
+        interrupts: more,
+        ..ends
+    });
     // And with the interrupts held back: they stay shown, and the processor does nothing with them.
-    for (does, delivery) in [(VirtualApic::Ends, 0x200), (VirtualApic::None, 0), (VirtualApic::Ends, 0x200)] {
-        v.show_apic(&Shown { interrupts: more, does, ..ends });
+    for (does, delivery) in [
+        (VirtualApic::Ends, 0x200),
+        (VirtualApic::None, 0),
+        (VirtualApic::Ends, 0x200),
+    ] {
+        v.show_apic(&Shown {
+            interrupts: more,
+            does,
+            ..ends
+        });
         guest(move |g| {
             assert_eq!(g.get(field::SECONDARY) & 0x311, 0x101 | delivery);
             assert_eq!(g.get(field::INTERRUPT_STATUS), 35 << 8);
@@ -848,7 +887,10 @@ fn interrupts_that_are_only_shown_are_not_named_to_the_processor() {
     });
     enter(&mut v);
     assert_eq!(v.lent_interrupts(), ([0; 4], [0; 4]));
-    v.show_apic(&Shown { interrupts: Lent::default(), ..ends });
+    v.show_apic(&Shown {
+        interrupts: Lent::default(),
+        ..ends
+    });
     guest(|g| g.exit(reason::HLT));
     enter(&mut v);
     assert!(v.lent_is_empty());
@@ -860,10 +902,16 @@ fn a_processor_without_virtual_interrupts_shows_the_page_all_the_same() {
     // It has nothing to say of interrupts: asking it would panic here.
     let vmx = boot(settle(&caps::tests::skylake(), Features::empty()).unwrap());
     let mut v = vcpu(vmx, 0x1000, false);
-    assert_eq!((v.shows_apic(), v.virtual_apic()), (true, VirtualApic::None));
+    assert_eq!(
+        (v.shows_apic(), v.virtual_apic()),
+        (true, VirtualApic::None)
+    );
     v.load();
     for _ in 0..2 {
-        v.show_apic(&Shown { does: VirtualApic::None, ..SHOWN });
+        v.show_apic(&Shown {
+            does: VirtualApic::None,
+            ..SHOWN
+        });
         guest(|g| {
             assert_eq!(g.get(field::SECONDARY) & 0x311, 0x001);
             g.exit(reason::APIC_ACCESS);
@@ -871,7 +919,10 @@ fn a_processor_without_virtual_interrupts_shows_the_page_all_the_same() {
         });
         let at = galvan_base::Gpa::new_truncate(0xfee0_0300);
         assert!(matches!(enter(&mut v), Exit::NestedFault(_, gpa) if gpa == at));
-        assert_eq!(v.lent_interrupts(), (SHOWN.interrupts.waiting, SHOWN.interrupts.in_service));
+        assert_eq!(
+            v.lent_interrupts(),
+            (SHOWN.interrupts.waiting, SHOWN.interrupts.in_service)
+        );
     }
     v.lend_interrupts(None);
     v.unload();
@@ -890,7 +941,8 @@ fn the_apic_access_page_is_no_memory_to_pae_paging() {
     machine(|m| {
         m.memory.insert(0x1000, 0x2007);
         m.memory.insert(0x2000 + 3 * 8, 0x3007);
-        m.memory.insert(0x3000 + (0xfee0_0000 >> 21 & 511) * 8, 0x4007);
+        m.memory
+            .insert(0x3000 + (0xfee0_0000 >> 21 & 511) * 8, 0x4007);
         m.memory.insert(0x4000, frame | 7);
         m.memory.insert(0x4008, 0x5007);
         m.memory.insert(frame, 0x1234_5001);
@@ -918,10 +970,7 @@ fn few_interrupts_are_lent_like_many() {
         assert_eq!(v.lent_interrupts(), (lent.waiting, lent.in_service));
         // What is there already is replaced.
         v.lend_few(0x55, 0);
-        assert_eq!(
-            v.lent_interrupts(),
-            (Lent::few(0x55, 0).waiting, [0; 4])
-        );
+        assert_eq!(v.lent_interrupts(), (Lent::few(0x55, 0).waiting, [0; 4]));
         v.unload();
     }
 }
@@ -936,7 +985,10 @@ fn an_entry_with_an_interrupt_alone_is_like_any_other() {
     cpuid(&mut v);
     v.inject(Event::Interrupt(0x40));
     guest(|g| {
-        assert_eq!(inject::decode(g.get(field::INJECT)), Some(Event::Interrupt(0x40)));
+        assert_eq!(
+            inject::decode(g.get(field::INJECT)),
+            Some(Event::Interrupt(0x40))
+        );
         g.set(field::INJECT, 0);
         g.exit(reason::CPUID);
     });

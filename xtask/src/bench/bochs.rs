@@ -97,19 +97,33 @@ pub fn bench(args: &Args, lab: &Lab, guest: &Path) -> Result<()> {
         return Ok(());
     }
     let counted = match lab.counts_fields {
-        true => Some(lab.as_dom0("counts", &Hypervisor::counting_vmcs()?, guest, "", None)?.complete("counts")?),
+        true => Some(
+            lab.as_dom0("counts", &Hypervisor::counting_vmcs()?, guest, "", None)?
+                .complete("counts")?,
+        ),
         false => None,
     };
     // Built last, so that it is the one that is left.
     let hypervisor = Hypervisor::galvan()?;
-    let dom0 = lab.as_dom0("dom0", &hypervisor, guest, "", None)?.complete("dom0")?;
-    let galvan = lab.as_guest("galvan", &hypervisor, guest, "", None)?.complete("galvan")?;
+    let dom0 = lab
+        .as_dom0("dom0", &hypervisor, guest, "", None)?
+        .complete("dom0")?;
+    let galvan = lab
+        .as_guest("galvan", &hypervisor, guest, "", None)?
+        .complete("galvan")?;
     let xen = (!args.no_xen)
-        .then(|| lab.as_guest("xen", &Hypervisor::stock()?, guest, "", None)?.complete("xen"))
+        .then(|| {
+            lab.as_guest("xen", &Hypervisor::stock()?, guest, "", None)?
+                .complete("xen")
+        })
         .transpose()?;
     let counted = counted.as_ref().unwrap_or(&dom0);
     ensure!(
-        !counted.counts.is_empty() && counted.counts.values().all(|c| c.len() + 1 == lab.columns.len()),
+        !counted.counts.is_empty()
+            && counted
+                .counts
+                .values()
+                .all(|c| c.len() + 1 == lab.columns.len()),
         "what is counted is not what there are columns for"
     );
 
@@ -228,22 +242,30 @@ impl Lab {
         )?;
         grub::by_multiboot1(&mut contents);
         let mut measured = Measured::default();
-        machine::run_in_bochs(name, self.model, &contents, Firmware::Bios, SILENCE, trace, |line| {
-            measured.line(line);
-            for (word, what) in [
-                ("DOM0-UP", "dom0 is up"),
-                ("MICRO-BEGIN", "the guest is created"),
-                ("BENCH-BEGIN", "the guest measures"),
-            ] {
-                if line.contains(word) {
-                    eprintln!("  {name}: {what}");
+        machine::run_in_bochs(
+            name,
+            self.model,
+            &contents,
+            Firmware::Bios,
+            SILENCE,
+            trace,
+            |line| {
+                measured.line(line);
+                for (word, what) in [
+                    ("DOM0-UP", "dom0 is up"),
+                    ("MICRO-BEGIN", "the guest is created"),
+                    ("BENCH-BEGIN", "the guest measures"),
+                ] {
+                    if line.contains(word) {
+                        eprintln!("  {name}: {what}");
+                    }
                 }
-            }
-            match line.contains("MICRO-DONE") {
-                true => Line::Last,
-                false => Line::More,
-            }
-        })?;
+                match line.contains("MICRO-DONE") {
+                    true => Line::Last,
+                    false => Line::More,
+                }
+            },
+        )?;
         step.done();
         Ok(measured)
     }
@@ -253,7 +275,13 @@ impl Lab {
 const SILENCE: Duration = Duration::from_secs(600);
 
 /// The table: `galvan` and `xen` as guests, `dom0` and its counts on Galvan.
-fn table(lab: &Lab, galvan: &Measured, xen: Option<&Measured>, dom0: &Measured, counted: &Measured) -> Table {
+fn table(
+    lab: &Lab,
+    galvan: &Measured,
+    xen: Option<&Measured>,
+    dom0: &Measured,
+    counted: &Measured,
+) -> Table {
     let mut table = Table::new(lab.columns);
     let counts = OPERATIONS
         .iter()
@@ -322,7 +350,9 @@ mod tests {
             &measured(&["BENCH cpuid 9", "COUNT cpuid 1 0 6 3"]),
         );
         let text = &table.text;
-        assert!(text.contains("| CPUID (leaf 0) | 584 | 896 | 0.65 | 250 | missed | 1 | 0 | 6 | 3 | 469 |"));
+        assert!(text.contains(
+            "| CPUID (leaf 0) | 584 | 896 | 0.65 | 250 | missed | 1 | 0 | 6 | 3 | 469 |"
+        ));
         assert!(text.contains("| 390 | - | - | 400 | met | - | - | - | - | - |"));
         assert!(text.contains("dom0's first instruction, millions | 85 | - | - | 100 | met |"));
         assert_eq!(table.met, 2);

@@ -8,8 +8,8 @@ use shuttle::thread;
 use super::super::{
     alloc_unbound, bind_interdomain, bind_vcpu, close, domain_teardown, set_priority, unmask,
 };
-use super::{channel, send};
 use super::fifo::{Consumer, setup};
+use super::{channel, send};
 use crate::interleaved::explore;
 use crate::p2m::Budget;
 use crate::testing::World;

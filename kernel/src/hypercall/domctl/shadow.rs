@@ -140,7 +140,8 @@ fn read(cx: &Cx<'_>, d: &Arc<Domain>, op: &mut XenDomctlShadowOp) -> Result<Step
     if from == 0 {
         d.control.lock().log_dirty.dirty = 0;
     }
-    let to = pages.min(from.saturating_add(u64::from(units(STEP_FRAMES as u32)).next_multiple_of(8)));
+    let to =
+        pages.min(from.saturating_add(u64::from(units(STEP_FRAMES as u32)).next_multiple_of(8)));
     if from < to && !op.dirty_bitmap.is_null() {
         // What one sees of a page before it is marked clean is at most too old by what is logged
         // after; a running guest goes on meanwhile.

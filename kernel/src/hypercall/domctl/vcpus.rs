@@ -153,9 +153,7 @@ pub(super) fn set_context(cx: &Cx<'_>, d: &Arc<Domain>, call: &XenDomctl) -> Op 
             log::warn!("{v:?}: context refused: {why}");
             Errno::EINVAL
         })?;
-        if u.rflags & RFLAGS_IF == 0
-            && matches!(st.hw.waiting_event(), Some(Event::Interrupt(_)))
-        {
+        if u.rflags & RFLAGS_IF == 0 && matches!(st.hw.waiting_event(), Some(Event::Interrupt(_))) {
             log::warn!("{v:?}: context refused: interrupt being delivered while disabled");
             return Err(Errno::EINVAL);
         }

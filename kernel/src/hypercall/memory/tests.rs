@@ -47,12 +47,21 @@ fn the_target_of_a_domain_without_populate_on_demand_can_be_set_the_control_doma
         let of = if domid == DomId(1) { 1 } else { 0 };
         for cmd in [XENMEM_SET_POD_TARGET, XENMEM_GET_POD_TARGET] {
             let a = pod_target(&w, 0, cmd, domid).expect("an answer");
-            assert_eq!((a.tot_pages, a.pod_cache_pages, a.pod_entries), (pages(&w, of), 0, 0));
+            assert_eq!(
+                (a.tot_pages, a.pod_cache_pages, a.pod_entries),
+                (pages(&w, of), 0, 0)
+            );
         }
     }
-    assert_eq!(pod_target(&w, 0, XENMEM_SET_POD_TARGET, DomId(7)).err(), Some(Errno::ESRCH));
+    assert_eq!(
+        pod_target(&w, 0, XENMEM_SET_POD_TARGET, DomId(7)).err(),
+        Some(Errno::ESRCH)
+    );
     for domid in [DomId(0), DomId::SELF, DomId(1)] {
-        assert_eq!(pod_target(&w, 1, XENMEM_SET_POD_TARGET, domid).err(), Some(Errno::EPERM));
+        assert_eq!(
+            pod_target(&w, 1, XENMEM_SET_POD_TARGET, domid).err(),
+            Some(Errno::EPERM)
+        );
     }
 }
 
@@ -63,7 +72,10 @@ fn pages_given_up_are_free_and_come_back_empty() {
     let (free, had) = (w.hv.frames.free_frames(), pages(&w, 1));
     w.put(1, 0x8000, &0x5a5a_5a5a_u64);
     assert_eq!(change(&w, 1, XENMEM_DECREASE_RESERVATION, &[8, 9, 10]), 3);
-    assert_eq!((w.hv.frames.free_frames(), pages(&w, 1)), (free + 3, had - 3));
+    assert_eq!(
+        (w.hv.frames.free_frames(), pages(&w, 1)),
+        (free + 3, had - 3)
+    );
     // A second time there is nothing to take.
     assert_eq!(change(&w, 1, XENMEM_DECREASE_RESERVATION, &[11, 9, 12]), 1);
     w.mfn(1, 12);
@@ -79,9 +91,18 @@ fn a_domain_gets_no_more_than_its_limit_and_what_did_not_work_costs_nothing() {
     w.dom(1).max_pages.store(had + 2, Ordering::Relaxed);
     let wanted = [RAM + 10, RAM + 11, RAM + 12];
     assert_eq!(change(&w, 1, XENMEM_POPULATE_PHYSMAP, &wanted), 2);
-    assert_eq!((w.hv.frames.free_frames(), pages(&w, 1)), (free - 2, had + 2));
+    assert_eq!(
+        (w.hv.frames.free_frames(), pages(&w, 1)),
+        (free - 2, had + 2)
+    );
     assert_eq!(change(&w, 1, XENMEM_DECREASE_RESERVATION, &wanted[..1]), 1);
     // Beyond what any guest can address.
-    assert_eq!(change(&w, 1, XENMEM_POPULATE_PHYSMAP, &[u64::MAX, 1 << 40]), 0);
-    assert_eq!((w.hv.frames.free_frames(), pages(&w, 1)), (free - 1, had + 1));
+    assert_eq!(
+        change(&w, 1, XENMEM_POPULATE_PHYSMAP, &[u64::MAX, 1 << 40]),
+        0
+    );
+    assert_eq!(
+        (w.hv.frames.free_frames(), pages(&w, 1)),
+        (free - 1, had + 1)
+    );
 }

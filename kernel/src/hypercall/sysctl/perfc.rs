@@ -42,7 +42,9 @@ pub(super) fn perfc_op(cx: &mut Cx<'_>, call: &mut XenSysctl) -> Op {
         }
     }
     if p.cmd == XEN_SYSCTL_PERFCOP_QUERY && !p.val.is_null() {
-        let values = NAMES.iter().flat_map(|(c, _)| cx.hv.cpus.iter().map(|cpu| cpu.counter(*c)));
+        let values = NAMES
+            .iter()
+            .flat_map(|(c, _)| cx.hv.cpus.iter().map(|cpu| cpu.counter(*c)));
         for (i, v) in (0u64..).zip(values) {
             // As wide as the interface has it.
             cx.put_at(p.val.addr(), i, &(v as u32))?;

@@ -246,7 +246,10 @@ impl<E: Entity> RunQueues<E> {
     }
 
     /// Begins a turn of a unit that has been taken out of a queue.
-    #[expect(clippy::too_many_arguments, reason = "what the turn is, and whom to tell")]
+    #[expect(
+        clippy::too_many_arguments,
+        reason = "what the turn is, and whom to tell"
+    )]
     pub(super) fn start(
         &self,
         at: At<'_, E>,

@@ -119,7 +119,10 @@ fn guest_main(start: &'static HvmStartInfo) {
     }
     let mut failures = 0;
     let usual = GROUPS.iter().filter(|_| only.is_empty());
-    let named = GROUPS.iter().chain(ALONE).filter(|(name, _)| only == name.as_bytes());
+    let named = GROUPS
+        .iter()
+        .chain(ALONE)
+        .filter(|(name, _)| only == name.as_bytes());
     for (name, run) in usual.chain(named) {
         let mut verdict = Verdict { name, failures: 0 };
         run(&mut verdict);
@@ -822,10 +825,21 @@ fn priority(v: &mut Verdict) {
         }
         at_once &= taken() == before + 1;
         call(nr::HYPERVISOR_SCHED_OP, [SCHEDOP_YIELD.into(), 0, 0, 0, 0]);
-        v.is(taken() as i64, before as i64 + 1, "no upcall after CR8 was lowered");
+        v.is(
+            taken() as i64,
+            before as i64 + 1,
+            "no upcall after CR8 was lowered",
+        );
         cpu::interrupts_off();
     }
-    println!("ABUSE priority: {}", if at_once { "at once" } else { "with the next exit" });
+    println!(
+        "ABUSE priority: {}",
+        if at_once {
+            "at once"
+        } else {
+            "with the next exit"
+        }
+    );
     attempt!("mov cr8, {x}"; x = in(reg) 0u64);
     close(v, port);
 }

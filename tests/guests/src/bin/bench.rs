@@ -20,30 +20,27 @@ use core::sync::atomic::AtomicU64;
 use core::sync::atomic::Ordering::Relaxed;
 
 use galvan_dom0_proto::grant_table as gt;
-use galvan_dom0_proto::hvm::{
-    HVM_PARAM_CALLBACK_IRQ, HVMOP_GET_PARAM, HvmStartInfo, XenHvmParam,
-};
+use galvan_dom0_proto::hvm::{HVM_PARAM_CALLBACK_IRQ, HVMOP_GET_PARAM, HvmStartInfo, XenHvmParam};
 use galvan_dom0_proto::memory::{
     XENMAPSPACE_GRANT_TABLE, XENMEM_ADD_TO_PHYSMAP, XENMEM_DECREASE_RESERVATION,
     XENMEM_POPULATE_PHYSMAP, XenAddToPhysmap, XenMemoryReservation,
 };
 use galvan_dom0_proto::sched::SCHEDOP_YIELD;
-use galvan_dom0_proto::vcpu::{
-    VCPU_HVM_MODE_64B, VCPUOP_INITIALISE, VCPUOP_SET_SINGLESHOT_TIMER, VCPUOP_UP, VcpuHvmContext,
-    VcpuHvmX86_64, VcpuSetSingleshotTimer,
-};
 use galvan_dom0_proto::sysctl::{
     XEN_SYSCTL_INTERFACE_VERSION, XEN_SYSCTL_PERFC_OP, XEN_SYSCTL_PERFCOP_QUERY, XenSysctl,
     XenSysctlPerfcOp,
 };
+use galvan_dom0_proto::vcpu::{
+    VCPU_HVM_MODE_64B, VCPUOP_INITIALISE, VCPUOP_SET_SINGLESHOT_TIMER, VCPUOP_UP, VcpuHvmContext,
+    VcpuHvmX86_64, VcpuSetSingleshotTimer,
+};
 use galvan_dom0_proto::xen::{
-    HYPERVISOR_GRANT_TABLE_OP, HYPERVISOR_HVM_OP,
-    HYPERVISOR_MEMORY_OP, HYPERVISOR_MULTICALL, HYPERVISOR_SCHED_OP, HYPERVISOR_SYSCTL, HYPERVISOR_VCPU_OP,
-    HYPERVISOR_XEN_VERSION,
+    HYPERVISOR_GRANT_TABLE_OP, HYPERVISOR_HVM_OP, HYPERVISOR_MEMORY_OP, HYPERVISOR_MULTICALL,
+    HYPERVISOR_SCHED_OP, HYPERVISOR_SYSCTL, HYPERVISOR_VCPU_OP, HYPERVISOR_XEN_VERSION,
     MulticallEntry, VIRQ_TIMER,
 };
-use galvan_dom0_proto::{DomId, GntStatus, GuestHandle};
 use galvan_dom0_proto::zerocopy::FromZeros;
+use galvan_dom0_proto::{DomId, GntStatus, GuestHandle};
 use galvan_guests::hypercall::{call, op};
 use galvan_guests::{Page, cpu, entry, events, println};
 
@@ -120,7 +117,10 @@ impl Counts {
         // SAFETY: the hypervisor has written to it, of which the compiler knows nothing.
         let values = unsafe { core::ptr::read_volatile(&raw const values) };
         let [exits, _, flushes, reads, writes, ..] = values;
-        Some(Counts { n: [exits, flushes, reads, writes], kinds })
+        Some(Counts {
+            n: [exits, flushes, reads, writes],
+            kinds,
+        })
     }
 
     fn since(self, before: Counts) -> Counts {
@@ -135,14 +135,18 @@ impl Counts {
     fn print(name: &str, mut f: impl FnMut()) {
         let mut least = None;
         for _ in 0..8 {
-            let (Some(a), Some(b)) = (Counts::now(), Counts::now()) else { return };
+            let (Some(a), Some(b)) = (Counts::now(), Counts::now()) else {
+                return;
+            };
             f();
             let Some(c) = Counts::now() else { return };
             // Less what is counted of counting.
             let one = c.since(b).since(b.since(a));
             least = Some(least.map_or(one, |l: Counts| l.min(one)));
         }
-        let Some(Counts { n, kinds }) = least else { return };
+        let Some(Counts { n, kinds }) = least else {
+            return;
+        };
         let [exits, flushes, reads, writes] = n.map(|n| n / Self::AT_ONCE);
         match kinds {
             2 => println!("COUNT {name} {exits} {flushes}"),
@@ -206,7 +210,8 @@ fn only(start: &HvmStartInfo) -> &'static [u8] {
         return &[];
     }
     // SAFETY: the PVH ABI passes a string that ends with a zero, and nobody changes it.
-    let line = unsafe { core::ffi::CStr::from_ptr(start.cmdline_paddr as *const core::ffi::c_char) };
+    let line =
+        unsafe { core::ffi::CStr::from_ptr(start.cmdline_paddr as *const core::ffi::c_char) };
     line.to_bytes()
         .split(|&b| b == b' ')
         .find_map(|word| word.strip_prefix(b"only="))
@@ -226,7 +231,10 @@ fn guest_main(start: &'static HvmStartInfo) {
     if !galvan_guests::console::is_privileged() && only != b"nothing" {
         settle();
     }
-    let b = Bench { nothing: least(RUNS, || {}, || {}), only };
+    let b = Bench {
+        nothing: least(RUNS, || {}, || {}),
+        only,
+    };
     let nops = least(
         RUNS,
         || {},
@@ -235,7 +243,11 @@ fn guest_main(start: &'static HvmStartInfo) {
             unsafe { core::arch::asm!(".fill 100, 1, 0x90") }
         },
     );
-    println!("CLOCK empty {} hundred-nops {}", b.nothing, nops - b.nothing);
+    println!(
+        "CLOCK empty {} hundred-nops {}",
+        b.nothing,
+        nops - b.nothing
+    );
 
     instructions(&b);
     hypercalls(&b);
@@ -284,7 +296,12 @@ fn hypercalls(b: &Bench) {
     b.run("unknown", || {
         call(60, [0; 5]);
     });
-    let mut param = XenHvmParam { domid: DomId::SELF, _pad: 0, index: HVM_PARAM_CALLBACK_IRQ, value: 0 };
+    let mut param = XenHvmParam {
+        domid: DomId::SELF,
+        _pad: 0,
+        index: HVM_PARAM_CALLBACK_IRQ,
+        value: 0,
+    };
     let r = op(HYPERVISOR_HVM_OP, HVMOP_GET_PARAM, &mut param);
     if r == 0 {
         b.run("buffer", || {
@@ -293,11 +310,21 @@ fn hypercalls(b: &Bench) {
     } else {
         failed("buffer", r);
     }
-    let mut list = [MulticallEntry { op: HYPERVISOR_XEN_VERSION.into(), result: 0, args: [0; 6] }; 10];
-    let r = call(HYPERVISOR_MULTICALL, [list.as_mut_ptr() as u64, 10, 0, 0, 0]);
+    let mut list = [MulticallEntry {
+        op: HYPERVISOR_XEN_VERSION.into(),
+        result: 0,
+        args: [0; 6],
+    }; 10];
+    let r = call(
+        HYPERVISOR_MULTICALL,
+        [list.as_mut_ptr() as u64, 10, 0, 0, 0],
+    );
     if r == 0 && list.iter().all(|e| e.result >> 16 == 4) {
         b.run("multicall", || {
-            call(HYPERVISOR_MULTICALL, [list.as_mut_ptr() as u64, 10, 0, 0, 0]);
+            call(
+                HYPERVISOR_MULTICALL,
+                [list.as_mut_ptr() as u64, 10, 0, 0, 0],
+            );
         });
     } else {
         failed("multicall", r);
@@ -355,7 +382,11 @@ fn upcall(b: &Bench, name: &str, port: u32) {
 fn now() -> (u64, u64) {
     let (time_stamp, system, factors) = loop {
         let v = events::SHARED.get(4) as u32;
-        let t = (events::SHARED.get(5), events::SHARED.get(6), events::SHARED.get(7));
+        let t = (
+            events::SHARED.get(5),
+            events::SHARED.get(6),
+            events::SHARED.get(7),
+        );
         if v & 1 == 0 && events::SHARED.get(4) as u32 == v {
             break t;
         }
@@ -363,7 +394,11 @@ fn now() -> (u64, u64) {
     let tsc = cpu::rdtsc();
     let delta = tsc.wrapping_sub(time_stamp);
     let shift = (factors >> 32) as i8;
-    let delta = if shift < 0 { delta >> -shift } else { delta << shift };
+    let delta = if shift < 0 {
+        delta >> -shift
+    } else {
+        delta << shift
+    };
     let ns = (u128::from(delta) * u128::from(factors as u32)) >> 32;
     (system + ns as u64, tsc)
 }
@@ -382,8 +417,21 @@ fn timer(b: &Bench) {
         Err(r) => return failed("timer", r),
     };
     let set = |at: u64| {
-        let mut t = VcpuSetSingleshotTimer { timeout_abs_ns: at, flags: 0, _pad: 0 };
-        call(HYPERVISOR_VCPU_OP, [VCPUOP_SET_SINGLESHOT_TIMER.into(), 0, &raw mut t as u64, 0, 0])
+        let mut t = VcpuSetSingleshotTimer {
+            timeout_abs_ns: at,
+            flags: 0,
+            _pad: 0,
+        };
+        call(
+            HYPERVISOR_VCPU_OP,
+            [
+                VCPUOP_SET_SINGLESHOT_TIMER.into(),
+                0,
+                &raw mut t as u64,
+                0,
+                0,
+            ],
+        )
     };
     let far = now().0 + 1_000_000_000;
     let r = set(far);
@@ -446,7 +494,11 @@ fn grants(b: &Bench) {
         return failed("grants", r);
     }
     // Granted to itself; a guest finds its own id in CPUID.
-    let me = if galvan_guests::console::is_privileged() { 0 } else { cpu::cpuid(0x4000_0004, 0)[2] as u16 };
+    let me = if galvan_guests::console::is_privileged() {
+        0
+    } else {
+        cpu::cpuid(0x4000_0004, 0)[2] as u16
+    };
     let gref = gt::GNTTAB_NR_RESERVED_ENTRIES + 1;
     let grant = |gref: u32, page: &Page| {
         let entry = u64::from(gt::GTF_PERMIT_ACCESS) | u64::from(me) << 16 | page.gfn() << 32;
@@ -457,14 +509,27 @@ fn grants(b: &Bench) {
 
     let copy = || {
         let mut c = gt::GnttabCopy {
-            source: gt::GnttabCopyPtr { gmfn: gref.into(), domid: DomId(me), offset: 0, _pad: 0 },
-            dest: gt::GnttabCopyPtr { gmfn: TARGET.gfn(), domid: DomId::SELF, offset: 0, _pad: 0 },
+            source: gt::GnttabCopyPtr {
+                gmfn: gref.into(),
+                domid: DomId(me),
+                offset: 0,
+                _pad: 0,
+            },
+            dest: gt::GnttabCopyPtr {
+                gmfn: TARGET.gfn(),
+                domid: DomId::SELF,
+                offset: 0,
+                _pad: 0,
+            },
             len: 4096,
             flags: gt::GNTCOPY_SOURCE_GREF,
             status: GntStatus(0),
             _pad: 0,
         };
-        let r = call(HYPERVISOR_GRANT_TABLE_OP, [gt::GNTTABOP_COPY.into(), &raw mut c as u64, 1, 0, 0]);
+        let r = call(
+            HYPERVISOR_GRANT_TABLE_OP,
+            [gt::GNTTABOP_COPY.into(), &raw mut c as u64, 1, 0, 0],
+        );
         if r == 0 { i64::from(c.status.0) } else { r }
     };
     let r = copy();
@@ -492,8 +557,21 @@ fn grants(b: &Bench) {
             handle: 0,
             dev_bus_addr: 0,
         };
-        let r = call(HYPERVISOR_GRANT_TABLE_OP, [gt::GNTTABOP_MAP_GRANT_REF.into(), &raw mut m as u64, 1, 0, 0]);
-        if r == 0 && m.status == GntStatus(0) { Ok(m.handle) } else { Err(r * 100 + i64::from(m.status.0)) }
+        let r = call(
+            HYPERVISOR_GRANT_TABLE_OP,
+            [
+                gt::GNTTABOP_MAP_GRANT_REF.into(),
+                &raw mut m as u64,
+                1,
+                0,
+                0,
+            ],
+        );
+        if r == 0 && m.status == GntStatus(0) {
+            Ok(m.handle)
+        } else {
+            Err(r * 100 + i64::from(m.status.0))
+        }
     };
     let unmap_one = |handle: u32| {
         let mut u = gt::GnttabUnmapGrantRef {
@@ -503,7 +581,16 @@ fn grants(b: &Bench) {
             status: GntStatus(0),
             _pad: 0,
         };
-        let r = call(HYPERVISOR_GRANT_TABLE_OP, [gt::GNTTABOP_UNMAP_GRANT_REF.into(), &raw mut u as u64, 1, 0, 0]);
+        let r = call(
+            HYPERVISOR_GRANT_TABLE_OP,
+            [
+                gt::GNTTABOP_UNMAP_GRANT_REF.into(),
+                &raw mut u as u64,
+                1,
+                0,
+                0,
+            ],
+        );
         if r == 0 { i64::from(u.status.0) } else { r }
     };
     if !b.wants("grant-map") {

@@ -93,15 +93,25 @@ const IMPOSSIBLE: &[Case] = &[
     ("cs-word", Both, |c| c.cs_arbytes |= 1 << 12),
     ("ldtr-word", Both, |c| c.ldtr_arbytes |= 1 << 31),
     ("cs-selector-word", Both, |c| c.cs_sel = 0x1_0008),
-    ("event-interrupt-disabled", Both, |c| c.pending_event = 0x8000_0030),
+    ("event-interrupt-disabled", Both, |c| {
+        c.pending_event = 0x8000_0030
+    }),
     ("event-vector-15", Both, |c| {
         c.rflags |= 1 << 9;
         c.pending_event = 0x8000_000f;
     }),
-    ("event-nmi-as-exception", Both, |c| c.pending_event = 0x8000_0302),
-    ("event-no-exception", Both, |c| c.pending_event = 0x8000_030f),
-    ("event-exception-32", Both, |c| c.pending_event = 0x8000_0320),
-    ("event-error-code", Both, |c| (c.pending_event, c.error_code) = (0x8000_0b0d, !0)),
+    ("event-nmi-as-exception", Both, |c| {
+        c.pending_event = 0x8000_0302
+    }),
+    ("event-no-exception", Both, |c| {
+        c.pending_event = 0x8000_030f
+    }),
+    ("event-exception-32", Both, |c| {
+        c.pending_event = 0x8000_0320
+    }),
+    ("event-error-code", Both, |c| {
+        (c.pending_event, c.error_code) = (0x8000_0b0d, !0)
+    }),
     ("event-kind", Both, |c| c.pending_event = 0x8000_0700),
     ("sfmask-high", Intel, |c| c.msr_syscall_mask = 1 << 32),
     ("sysenter-cs-high", Intel, |c| c.sysenter_cs = 1 << 32),
@@ -131,8 +141,12 @@ const IMPOSSIBLE: &[Case] = &[
     ("tr-selector", Intel, |c| c.tr_sel = 0x44),
     ("tr-limit", Intel, |c| c.tr_limit = 0x12_3456),
     ("ldtr-tss", Intel, |c| c.ldtr_arbytes = 0x8b),
-    ("ldtr-selector", Intel, |c| (c.ldtr_arbytes, c.ldtr_sel) = (0x82, 0x4c)),
-    ("ldtr-limit", Intel, |c| (c.ldtr_arbytes, c.ldtr_limit) = (0x82, 0x12_3456)),
+    ("ldtr-selector", Intel, |c| {
+        (c.ldtr_arbytes, c.ldtr_sel) = (0x82, 0x4c)
+    }),
+    ("ldtr-limit", Intel, |c| {
+        (c.ldtr_arbytes, c.ldtr_limit) = (0x82, 0x12_3456)
+    }),
     ("ss-dpl-in-real-mode", Intel, |c| {
         real_mode(c);
         c.cs_arbytes = 0xfb;
@@ -173,7 +187,9 @@ const POSSIBLE: &[(&str, fn(&mut HvmHwCpu))] = &[
         c.gs_base = 0x7fff_ffff_f000;
         c.shadow_gs = !0;
     }),
-    ("ldt", |c| (c.ldtr_arbytes, c.ldtr_sel, c.ldtr_limit) = (0x82, 0x48, 0xffff)),
+    ("ldt", |c| {
+        (c.ldtr_arbytes, c.ldtr_sel, c.ldtr_limit) = (0x82, 0x48, 0xffff)
+    }),
     ("real-mode", real_mode),
     ("virtual-8086", virtual_8086),
     ("32-bit", |c| {
@@ -185,7 +201,9 @@ const POSSIBLE: &[(&str, fn(&mut HvmHwCpu))] = &[
         c.rflags |= 1 << 9;
         c.pending_event = 0x8000_0030;
     }),
-    ("page-fault", |c| (c.pending_event, c.error_code) = (0x8000_0b0e, 0x1f)),
+    ("page-fault", |c| {
+        (c.pending_event, c.error_code) = (0x8000_0b0e, 0x1f)
+    }),
     ("nmi", |c| c.pending_event = 0x8000_0202),
     ("software-interrupt", |c| c.pending_event = 0x8000_0480),
 ];
@@ -235,8 +253,14 @@ struct Context {
     len: usize,
 }
 
-static mut BEFORE: Context = Context { bytes: [0; ROOM], len: 0 };
-static mut AFTER: Context = Context { bytes: [0; ROOM], len: 0 };
+static mut BEFORE: Context = Context {
+    bytes: [0; ROOM],
+    len: 0,
+};
+static mut AFTER: Context = Context {
+    bytes: [0; ROOM],
+    len: 0,
+};
 
 fn domctl<T: IntoBytes + Immutable>(cmd: u32, domain: u16, payload: &T) -> (i64, XenDomctl) {
     let mut c = XenDomctl::new_zeroed();
@@ -257,7 +281,13 @@ fn create() -> Result<u16, i64> {
     if r != 0 {
         return Err(r);
     }
-    match domctl(XEN_DOMCTL_MAX_VCPUS, made.domain.0, &XenDomctlMaxVcpus { max: 1 }).0 {
+    match domctl(
+        XEN_DOMCTL_MAX_VCPUS,
+        made.domain.0,
+        &XenDomctlMaxVcpus { max: 1 },
+    )
+    .0
+    {
         0 => Ok(made.domain.0),
         r => Err(r),
     }
@@ -270,7 +300,11 @@ fn get(domain: u16, to: &mut Context) -> i64 {
         buffer: GuestHandle::new(to.bytes.as_mut_ptr() as u64),
     };
     let (r, back) = domctl(XEN_DOMCTL_GETHVMCONTEXT, domain, &h);
-    to.len = if r == 0 { back.payload::<XenDomctlHvmcontext>().size as usize } else { 0 };
+    to.len = if r == 0 {
+        back.payload::<XenDomctlHvmcontext>().size as usize
+    } else {
+        0
+    };
     // Time goes on.
     if let Some(tsc) = record(to, SaveCode::CPU).and_then(|(at, _)| {
         let at = at + core::mem::offset_of!(HvmHwCpu, tsc);
@@ -295,7 +329,12 @@ fn record(c: &Context, code: SaveCode) -> Option<(usize, usize)> {
 }
 
 /// Loads one record, after the header that the domain itself gave.
-fn set<T: IntoBytes + Immutable>(domain: u16, header: &HvmSaveHeader, code: SaveCode, r: &T) -> i64 {
+fn set<T: IntoBytes + Immutable>(
+    domain: u16,
+    header: &HvmSaveHeader,
+    code: SaveCode,
+    r: &T,
+) -> i64 {
     let mut bytes = [0u8; 4096];
     let mut at = 0;
     let mut put = |b: &[u8]| {
@@ -309,7 +348,12 @@ fn set<T: IntoBytes + Immutable>(domain: u16, header: &HvmSaveHeader, code: Save
         (code, r.as_bytes()),
         (SaveCode::END, &[]),
     ] {
-        put(HvmSaveDescriptor { typecode, instance: 0, length: contents.len() as u32 }.as_bytes());
+        put(HvmSaveDescriptor {
+            typecode,
+            instance: 0,
+            length: contents.len() as u32,
+        }
+        .as_bytes());
         put(contents);
     }
     let h = XenDomctlHvmcontext {
@@ -341,12 +385,19 @@ impl Verdict {
 #[unsafe(no_mangle)]
 fn guest_main(_: &'static HvmStartInfo) {
     println!("CONTEXT-BEGIN");
-    let mut v = Verdict { refused: 0, failures: 0 };
+    let mut v = Verdict {
+        refused: 0,
+        failures: 0,
+    };
     let intel = cpu::cpuid(0, 0)[1] == u32::from_le_bytes(*b"Genu");
     match create() {
         Ok(domain) => {
             contexts(&mut v, domain, intel);
-            v.is(domctl(XEN_DOMCTL_DESTROYDOMAIN, domain, &0u64).0, 0, "destroy");
+            v.is(
+                domctl(XEN_DOMCTL_DESTROYDOMAIN, domain, &0u64).0,
+                0,
+                "destroy",
+            );
         }
         Err(r) => v.check(false, "create", r),
     }
@@ -374,7 +425,8 @@ fn contexts(v: &mut Verdict, domain: u16, intel: bool) {
     let mut same = |v: &mut Verdict, before: &Context, name: &str| {
         let r = get(domain, after);
         v.is(r, 0, name);
-        let differs = (0..before.len.max(after.len)).find(|&i| before.bytes.get(i) != after.bytes.get(i));
+        let differs =
+            (0..before.len.max(after.len)).find(|&i| before.bytes.get(i) != after.bytes.get(i));
         v.check(differs.is_none(), name, differs.map_or(0, |at| at as i64));
     };
     for (name, by, change) in IMPOSSIBLE {
@@ -422,7 +474,11 @@ fn contexts(v: &mut Verdict, domain: u16, intel: bool) {
         });
         v.check(fits, name, 0);
     }
-    v.is(set(domain, &header, SaveCode::CPU, &good), 0, "good at the end");
+    v.is(
+        set(domain, &header, SaveCode::CPU, &good),
+        0,
+        "good at the end",
+    );
 }
 
 /// What MSRs cannot hold is #GP, and not the next entry's to find.
@@ -473,16 +529,37 @@ fn own_control_registers(v: &mut Verdict) {
             v.check(trap == Some(GP), $name, trap.map_or(-1, |t| t as i64));
         }};
     }
-    refused!("own cr0-high", "mov {}, cr0", "mov cr0, {new}", |c| c | 1 << 32);
-    refused!("own cr0-nw", "mov {}, cr0", "mov cr0, {new}", |c| c & !(1 << 30) | 1 << 29);
-    refused!("own cr0-pg-without-pe", "mov {}, cr0", "mov cr0, {new}", |c| c & !1);
-    refused!("own cr0-no-pg-in-long-mode", "mov {}, cr0", "mov cr0, {new}", |c| c & !(1 << 31));
-    refused!("own cr3-high", "mov {}, cr3", "mov cr3, {new}", |c| c | 1 << 52);
-    refused!("own cr4-vmxe", "mov {}, cr4", "mov cr4, {new}", |c| c | 1 << 13);
-    refused!("own cr4-15", "mov {}, cr4", "mov cr4, {new}", |c| c | 1 << 15);
-    refused!("own cr4-cet", "mov {}, cr4", "mov cr4, {new}", |c| c | 1 << 23);
-    refused!("own cr4-high", "mov {}, cr4", "mov cr4, {new}", |c| c | 1 << 32);
-    refused!("own cr4-no-pae", "mov {}, cr4", "mov cr4, {new}", |c| c & !(1 << 5));
-    refused!("own dr7-high", "mov {}, dr7", "mov dr7, {new}", |c| c | 1 << 32);
-    refused!("own dr6-high", "mov {}, dr6", "mov dr6, {new}", |c| c | 1 << 32);
+    refused!("own cr0-high", "mov {}, cr0", "mov cr0, {new}", |c| c | 1
+        << 32);
+    refused!("own cr0-nw", "mov {}, cr0", "mov cr0, {new}", |c| c & !(1
+        << 30)
+        | 1 << 29);
+    refused!(
+        "own cr0-pg-without-pe",
+        "mov {}, cr0",
+        "mov cr0, {new}",
+        |c| c & !1
+    );
+    refused!(
+        "own cr0-no-pg-in-long-mode",
+        "mov {}, cr0",
+        "mov cr0, {new}",
+        |c| c & !(1 << 31)
+    );
+    refused!("own cr3-high", "mov {}, cr3", "mov cr3, {new}", |c| c | 1
+        << 52);
+    refused!("own cr4-vmxe", "mov {}, cr4", "mov cr4, {new}", |c| c | 1
+        << 13);
+    refused!("own cr4-15", "mov {}, cr4", "mov cr4, {new}", |c| c | 1
+        << 15);
+    refused!("own cr4-cet", "mov {}, cr4", "mov cr4, {new}", |c| c | 1
+        << 23);
+    refused!("own cr4-high", "mov {}, cr4", "mov cr4, {new}", |c| c | 1
+        << 32);
+    refused!("own cr4-no-pae", "mov {}, cr4", "mov cr4, {new}", |c| c
+        & !(1 << 5));
+    refused!("own dr7-high", "mov {}, dr7", "mov dr7, {new}", |c| c | 1
+        << 32);
+    refused!("own dr6-high", "mov {}, dr6", "mov dr6, {new}", |c| c | 1
+        << 32);
 }
