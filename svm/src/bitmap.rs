@@ -11,11 +11,10 @@
 //!   APIC_BASE and x2APIC registers exit: they are emulated. TSC exits: RDTSC is what guests use,
 //!   and QEMU gives a direct RDMSR neither the counter nor the offset.
 //!
-//! There are two I/O maps: one in which every port exits, and the hardware domain's, which can be
-//! changed at any time. Their contents are not cached by the processor between accesses, only
-//! their addresses are. (AMD APM "MSR Intercepts", "IOIO Intercept", "VMCB Clean Bits".)
+//! There are two I/O maps: one in which every port exits, and the hardware domain's. (AMD APM "MSR
+//! Intercepts", "IOIO Intercept", "VMCB Clean Bits".)
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::Ordering;
 
 use galvan_base::Mpa;
 use galvan_base::hw::Exhausted;
@@ -24,7 +23,6 @@ use crate::msr;
 use crate::page::{PageSource, Pages, Words};
 
 const MSR_WORDS: usize = 2 * 4096 / 8;
-const IO_WORDS: usize = 3 * 4096 / 8;
 
 /// Bit number of the read permission of an MSR; the write permission is the next bit. `None` for
 /// an MSR that the map does not cover: it always exits.
@@ -93,60 +91,8 @@ impl MsrMap {
     }
 }
 
-/// An I/O permission map.
-#[derive(Debug)]
-pub struct IoMap(Pages<Words<IO_WORDS>>);
-
-impl IoMap {
-    /// A map in which every port exits. So do accesses that reach beyond port 0xffff, which the
-    /// third page stands for, for good.
-    pub fn new(source: &'static dyn PageSource) -> Result<Self, Exhausted> {
-        let map = IoMap(Pages::new(source)?);
-        for word in map.0.iter() {
-            word.store(u64::MAX, Ordering::Relaxed);
-        }
-        Ok(map)
-    }
-
-    /// Lets ports `first..=last` through, or not.
-    pub fn set(&self, first: u16, last: u16, direct: bool) {
-        for (n, word) in self.0.iter().enumerate() {
-            let mask = word_mask(n, first, last);
-            match (mask, direct) {
-                (0, _) => {}
-                (_, true) => _ = word.fetch_and(!mask, Ordering::Relaxed),
-                (_, false) => _ = word.fetch_or(mask, Ordering::Relaxed),
-            }
-        }
-    }
-
-    /// Its physical address.
-    pub fn mpa(&self) -> Mpa {
-        self.0.mpa()
-    }
-
-    /// Whether an access to this port, one byte wide, exits.
-    pub fn exits(&self, port: u16) -> bool {
-        self.word(usize::from(port) / 64)
-            .is_none_or(|w| w.load(Ordering::Relaxed) >> (port % 64) & 1 != 0)
-    }
-
-    fn word(&self, n: usize) -> Option<&AtomicU64> {
-        self.0.get(n)
-    }
-}
-
-/// The bits of word `n` that stand for ports of `first..=last`.
-fn word_mask(n: usize, first: u16, last: u16) -> u64 {
-    let (lo, hi) = (n * 64, n * 64 + 63);
-    let (first, last) = (usize::from(first), usize::from(last));
-    if last < lo || first > hi || last < first {
-        return 0;
-    }
-    let from = first.max(lo) - lo;
-    let to = last.min(hi) - lo;
-    (u64::MAX << from) & (u64::MAX >> (63 - to))
-}
+/// AMD-V's I/O permission map. Accesses that reach beyond port 0xffff exit, which the third page stands for.
+pub type IoMap = galvan_base::iomap::IoMap<{ 3 * 4096 / 8 }>;
 
 #[cfg(test)]
 mod tests {
@@ -196,29 +142,5 @@ mod tests {
         assert_eq!(m.exits(0x4000_0000), (true, true));
         let m = MsrMap::new(testing::source(), false).unwrap();
         assert_eq!(m.exits(msr::TSC_AUX), (true, true));
-    }
-
-    #[test]
-    fn port_ranges_open_and_close_exactly() {
-        let m = IoMap::new(testing::source()).unwrap();
-        assert!((0..=0xffff).all(|p| m.exits(p)));
-        m.set(0x3f0, 0x4ff, true);
-        m.set(0x3f8, 0x3ff, false);
-        for p in 0..=0xffffu16 {
-            let open = matches!(p, 0x3f0..=0x3f7 | 0x400..=0x4ff);
-            assert_eq!(m.exits(p), !open, "{p:#x}");
-        }
-        m.set(0, 0xffff, true);
-        assert!((0..=0xffff).all(|p| !m.exits(p)));
-        assert!(
-            m.0.iter()
-                .skip(1024)
-                .all(|w| w.load(Ordering::Relaxed) == u64::MAX),
-            "beyond the last port everything exits"
-        );
-        m.set(7, 3, false);
-        assert!(!m.exits(3) && !m.exits(7), "an empty range changes nothing");
-        m.set(0x42, 0x42, false);
-        assert!(m.exits(0x42) && !m.exits(0x41) && !m.exits(0x43));
     }
 }

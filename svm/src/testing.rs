@@ -1,59 +1,30 @@
 //! A processor in a host process: plain memory for VMCBs, a register file for what VMLOAD loads,
 //! and a script in the guest's place. Threads stand for machines.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::boxed::Box;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
-use std::ptr::NonNull;
 use std::vec::Vec;
 
 use galvan_base::hw::VcpuConfig;
 use galvan_base::state::{Gprs, Segment};
-use galvan_base::{CpuId, Mpa, PAGE_SIZE};
+use galvan_base::{CpuId, Mpa};
 
 use crate::caps::Caps;
 use crate::fpu::FpuArea;
 use crate::insn::Cpu;
-use crate::page::{PageSource, PhysPage};
+use crate::page::PageSource;
+use crate::page::host::HostPages;
 use crate::svm::{Host, Svm};
 use crate::vcpu::Vcpu;
 use crate::vmcb::Vmcb;
 
 std::thread_local! {
     static CPU: Cell<u32> = const { Cell::new(0) };
-    static PAGES: Cell<isize> = const { Cell::new(0) };
     static MACHINE: RefCell<Machine> = RefCell::default();
 }
 
-/// Memory of the host process, whose addresses serve as physical ones, too.
-#[derive(Debug)]
-pub(crate) struct TestHost;
-
-fn layout(pages: usize) -> Layout {
-    Layout::from_size_align(pages * PAGE_SIZE, PAGE_SIZE).unwrap()
-}
-
-// SAFETY: the allocator gives zeroed, aligned memory of its own; the "physical" address is the same
-// address, by which only this module finds it again.
-unsafe impl PageSource for TestHost {
-    fn alloc(&self, pages: usize) -> Option<PhysPage> {
-        // SAFETY: the layout is not empty.
-        let virt = NonNull::new(unsafe { alloc_zeroed(layout(pages)) })?;
-        PAGES.set(PAGES.get() + pages as isize);
-        Some(PhysPage {
-            virt,
-            mpa: Mpa::new(virt.as_ptr().expose_provenance() as u64).unwrap(),
-        })
-    }
-    fn free(&self, page: PhysPage, pages: usize) {
-        PAGES.set(PAGES.get() - pages as isize);
-        // SAFETY: `alloc` gave it with this layout.
-        unsafe { dealloc(page.virt.as_ptr(), layout(pages)) }
-    }
-}
-
-impl Host for TestHost {
+impl Host for HostPages {
     fn cpu(&self) -> CpuId {
         CpuId(CPU.get())
     }
@@ -69,12 +40,12 @@ impl Host for TestHost {
 }
 
 pub(crate) fn source() -> &'static dyn PageSource {
-    &TestHost
+    &HostPages
 }
 
 /// Pages allocated and not freed by this thread.
 pub(crate) fn pages_in_use() -> isize {
-    PAGES.get()
+    HostPages::in_use()
 }
 
 /// Continues on another CPU.
@@ -126,7 +97,7 @@ pub(crate) fn guest_exits(code: u64) {
 
 fn vmcb_at<R>(a: Mpa, f: impl FnOnce(&Vmcb) -> R) -> R {
     let p = std::ptr::with_exposed_provenance::<Vmcb>(a.get() as usize);
-    // SAFETY: physical addresses are those of `TestHost`'s pages, alive while a test uses them.
+    // SAFETY: physical addresses are those of `HostPages`'s pages, alive while a test uses them.
     f(unsafe { &*p })
 }
 
@@ -250,7 +221,7 @@ pub(crate) fn boot(caps: Caps) -> &'static Svm<Fake> {
             ..Machine::default()
         }
     });
-    let svm: &'static Svm<Fake> = Box::leak(Box::new(Svm::new(Fake, &TestHost, caps, 4).unwrap()));
+    let svm: &'static Svm<Fake> = Box::leak(Box::new(Svm::new(Fake, &HostPages, caps, 4).unwrap()));
     for cpu in (0..4).rev() {
         move_to(cpu);
         svm.enable();

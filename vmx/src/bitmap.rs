@@ -12,8 +12,7 @@
 //! writes of EOI through too and, where the processor reads registers by itself, reads of ISR. TPR exits
 //! there as well: only its upper half is in the virtual-APIC page.
 //!
-//! There are two pairs of I/O bitmaps: one in which every port exits, and the hardware domain's,
-//! which can be changed at any time. (Intel SDM "MSR-Bitmap Address", "I/O-Bitmap Addresses".)
+//! There are two pairs of I/O bitmaps: one in which every port exits, and the hardware domain's. (Intel SDM "MSR-Bitmap Address", "I/O-Bitmap Addresses".)
 
 use core::sync::atomic::Ordering;
 
@@ -107,56 +106,8 @@ impl MsrMap {
     }
 }
 
-/// A pair of I/O bitmaps: ports below and from 0x8000.
-#[derive(Debug)]
-pub struct IoMap(Pages<Words<1024>>);
-
-impl IoMap {
-    /// Bitmaps by which every port exits. Accesses that reach beyond port 0xffff always do.
-    pub fn new(source: &'static dyn PageSource) -> Result<Self, Exhausted> {
-        let map = IoMap(Pages::new(source)?);
-        for word in map.0.iter() {
-            word.store(u64::MAX, Ordering::Relaxed);
-        }
-        Ok(map)
-    }
-
-    /// Lets ports `first..=last` through, or not.
-    pub fn set(&self, first: u16, last: u16, direct: bool) {
-        for (n, word) in self.0.iter().enumerate() {
-            let mask = word_mask(n, first, last);
-            match (mask, direct) {
-                (0, _) => {}
-                (_, true) => _ = word.fetch_and(!mask, Ordering::Relaxed),
-                (_, false) => _ = word.fetch_or(mask, Ordering::Relaxed),
-            }
-        }
-    }
-
-    /// The physical address of the first bitmap; the second follows it.
-    pub fn mpa(&self) -> Mpa {
-        self.0.mpa()
-    }
-
-    /// Whether an access to this port, one byte wide, exits.
-    pub fn exits(&self, port: u16) -> bool {
-        self.0
-            .get(usize::from(port) / 64)
-            .is_none_or(|w| w.load(Ordering::Relaxed) >> (port % 64) & 1 != 0)
-    }
-}
-
-/// The bits of word `n` that stand for ports of `first..=last`.
-fn word_mask(n: usize, first: u16, last: u16) -> u64 {
-    let (lo, hi) = (n * 64, n * 64 + 63);
-    let (first, last) = (usize::from(first), usize::from(last));
-    if last < lo || first > hi || last < first {
-        return 0;
-    }
-    let from = first.max(lo) - lo;
-    let to = last.min(hi) - lo;
-    (u64::MAX << from) & (u64::MAX >> (63 - to))
-}
+/// VT-x's pair of I/O bitmaps: ports below and from 0x8000. Accesses that reach beyond port 0xffff always exit.
+pub type IoMap = galvan_base::iomap::IoMap<{ 2 * 4096 / 8 }>;
 
 #[cfg(test)]
 mod tests {
@@ -223,20 +174,5 @@ mod tests {
                 assert_eq!(m.exits(index), expected, "{index:#x}");
             }
         }
-    }
-
-    #[test]
-    fn port_ranges_open_and_close_exactly() {
-        let m = IoMap::new(testing::source()).unwrap();
-        assert!((0..=0xffff).all(|p| m.exits(p)));
-        m.set(0x3f0, 0x4ff, true);
-        m.set(0x3f8, 0x3ff, false);
-        m.set(0x7fff, 0x8000, true);
-        for p in 0..=0xffffu16 {
-            let open = matches!(p, 0x3f0..=0x3f7 | 0x400..=0x4ff | 0x7fff | 0x8000);
-            assert_eq!(m.exits(p), !open, "{p:#x}");
-        }
-        m.set(7, 3, true);
-        assert!(m.exits(3) && m.exits(7), "an empty range changes nothing");
     }
 }

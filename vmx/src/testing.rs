@@ -3,18 +3,17 @@
 //! one CPU at a time, VMLAUNCH comes before VMRESUME, no field of a VMCS that is not current is
 //! touched. Threads stand for machines.
 
-use std::alloc::{Layout, alloc_zeroed, dealloc};
 use std::boxed::Box;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, VecDeque};
-use std::ptr::NonNull;
 use std::vec::Vec;
 
 use galvan_base::fpu::FpuArea;
 use galvan_base::hw::VcpuConfig;
-use galvan_base::page::{PageSource, PhysPage};
+use galvan_base::page::PageSource;
+use galvan_base::page::host::HostPages;
 use galvan_base::state::Gprs;
-use galvan_base::{CpuId, Mpa, PAGE_SIZE};
+use galvan_base::{CpuId, Mpa};
 
 use crate::caps::Caps;
 use crate::insn::{Cpu, Entry, HostState, Scope};
@@ -24,38 +23,10 @@ use crate::vmx::{Host, Vmx};
 
 std::thread_local! {
     static CPU: Cell<u32> = const { Cell::new(0) };
-    static PAGES: Cell<isize> = const { Cell::new(0) };
     static MACHINE: RefCell<Machine> = RefCell::default();
 }
 
-/// Memory of the host process, whose addresses serve as physical ones, too.
-#[derive(Debug)]
-pub(crate) struct TestHost;
-
-fn layout(pages: usize) -> Layout {
-    Layout::from_size_align(pages * PAGE_SIZE, PAGE_SIZE).unwrap()
-}
-
-// SAFETY: the allocator gives zeroed, aligned memory of its own; the "physical" address is the same
-// address, by which only this module finds it again.
-unsafe impl PageSource for TestHost {
-    fn alloc(&self, pages: usize) -> Option<PhysPage> {
-        // SAFETY: the layout is not empty.
-        let virt = NonNull::new(unsafe { alloc_zeroed(layout(pages)) })?;
-        PAGES.set(PAGES.get() + pages as isize);
-        Some(PhysPage {
-            virt,
-            mpa: Mpa::new(virt.as_ptr().expose_provenance() as u64).unwrap(),
-        })
-    }
-    fn free(&self, page: PhysPage, pages: usize) {
-        PAGES.set(PAGES.get() - pages as isize);
-        // SAFETY: `alloc` gave it with this layout.
-        unsafe { dealloc(page.virt.as_ptr(), layout(pages)) }
-    }
-}
-
-impl Host for TestHost {
+impl Host for HostPages {
     fn cpu(&self) -> CpuId {
         CpuId(CPU.get())
     }
@@ -74,12 +45,12 @@ impl Host for TestHost {
 }
 
 pub(crate) fn source() -> &'static dyn PageSource {
-    &TestHost
+    &HostPages
 }
 
 /// Pages allocated and not freed by this thread.
 pub(crate) fn pages_in_use() -> isize {
-    PAGES.get()
+    HostPages::in_use()
 }
 
 /// Continues on another CPU.
@@ -349,7 +320,7 @@ impl Cpu for Fake {
 /// A machine of four CPUs, VMX enabled on all.
 pub(crate) fn boot(caps: Caps) -> &'static Vmx<Fake> {
     machine(|m| *m = Machine::default());
-    let vmx: &'static Vmx<Fake> = Box::leak(Box::new(Vmx::new(Fake, &TestHost, caps, 4).unwrap()));
+    let vmx: &'static Vmx<Fake> = Box::leak(Box::new(Vmx::new(Fake, &HostPages, caps, 4).unwrap()));
     for cpu in (0..4).rev() {
         move_to(cpu);
         vmx.enable().unwrap();

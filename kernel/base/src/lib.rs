@@ -18,6 +18,7 @@ pub mod direct;
 pub mod exit;
 pub mod fpu;
 pub mod hw;
+pub mod iomap;
 pub mod nospec;
 pub mod page;
 pub mod state;

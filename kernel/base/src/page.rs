@@ -114,3 +114,52 @@ impl<T: Overlay> fmt::Debug for Pages<T> {
         fmt::Debug::fmt(&self.page.mpa, f)
     }
 }
+
+/// Pages of a host process, for tests.
+#[cfg(any(test, feature = "testing"))]
+pub mod host {
+    use std::alloc::{Layout, alloc_zeroed, dealloc};
+    use std::cell::Cell;
+
+    use super::{NonNull, PAGE_SIZE, PageSource, PhysPage};
+    use crate::Mpa;
+
+    std::thread_local! {
+        static IN_USE: Cell<isize> = const { Cell::new(0) };
+    }
+
+    /// Memory of the process, whose addresses serve as physical ones, too.
+    #[derive(Debug)]
+    pub struct HostPages;
+
+    impl HostPages {
+        /// Pages allocated and not freed by this thread.
+        pub fn in_use() -> isize {
+            IN_USE.get()
+        }
+    }
+
+    fn layout(pages: usize) -> Layout {
+        Layout::from_size_align(pages * PAGE_SIZE, PAGE_SIZE).expect("a few pages")
+    }
+
+    // SAFETY: the allocator gives zeroed, aligned memory of its own; the "physical" address is the same
+    // address, by which only tests find it again.
+    unsafe impl PageSource for HostPages {
+        fn alloc(&self, pages: usize) -> Option<PhysPage> {
+            // SAFETY: the layout is not empty.
+            let virt = NonNull::new(unsafe { alloc_zeroed(layout(pages)) })?;
+            IN_USE.set(IN_USE.get() + pages as isize);
+            Some(PhysPage {
+                virt,
+                mpa: Mpa::new(virt.as_ptr().expose_provenance() as u64)?,
+            })
+        }
+
+        fn free(&self, page: PhysPage, pages: usize) {
+            IN_USE.set(IN_USE.get() - pages as isize);
+            // SAFETY: `alloc` gave it with this layout.
+            unsafe { dealloc(page.virt.as_ptr(), layout(pages)) }
+        }
+    }
+}
