@@ -48,7 +48,7 @@ pub trait Cpu: Copy + Debug + Send + Sync + 'static {
     /// Saves extended state; XCR0 must enable all of the area's states.
     fn save_fpu(self, area: &mut FpuArea);
     /// Restores it, under the same condition, and leaves nothing of what was there before.
-    fn restore_fpu(self, area: &mut FpuArea);
+    fn restore_fpu(self, area: &FpuArea);
     /// DR0 to DR3.
     fn dr(self) -> [u64; 4];
     /// Changes DR0 to DR3.
@@ -202,7 +202,7 @@ impl Cpu for Real {
     }
 
     #[inline]
-    fn restore_fpu(self, area: &mut FpuArea) {
+    fn restore_fpu(self, area: &FpuArea) {
         // FNINIT first: on many AMD processors XRSTOR and FXRSTOR leave the x87 instruction and
         // data pointers alone unless an exception is pending, and the next guest could read them.
         // SAFETY: as above; the host uses no register that is overwritten (promise 2).

@@ -8,13 +8,13 @@ use std::vec::Vec;
 
 use galvan_base::hw::VcpuConfig;
 use galvan_base::state::{Gprs, Segment};
+use galvan_base::testing::HostPages;
 use galvan_base::{CpuId, Mpa};
 
 use crate::caps::Caps;
 use crate::fpu::FpuArea;
 use crate::insn::Cpu;
 use crate::page::PageSource;
-use crate::page::host::HostPages;
 use crate::svm::{Host, Svm};
 use crate::vcpu::Vcpu;
 use crate::vmcb::Vmcb;
@@ -41,11 +41,6 @@ impl Host for HostPages {
 
 pub(crate) fn source() -> &'static dyn PageSource {
     &HostPages
-}
-
-/// Pages allocated and not freed by this thread.
-pub(crate) fn pages_in_use() -> isize {
-    HostPages::in_use()
 }
 
 /// Continues on another CPU.
@@ -97,7 +92,7 @@ pub(crate) fn guest_exits(code: u64) {
 
 fn vmcb_at<R>(a: Mpa, f: impl FnOnce(&Vmcb) -> R) -> R {
     let p = std::ptr::with_exposed_provenance::<Vmcb>(a.get() as usize);
-    // SAFETY: physical addresses are those of `HostPages`'s pages, alive while a test uses them.
+    // SAFETY: physical addresses are those of `HostPages`, alive while a test uses them.
     f(unsafe { &*p })
 }
 
@@ -185,7 +180,7 @@ impl Cpu for Fake {
             area.set(&m.fpu);
         });
     }
-    fn restore_fpu(self, area: &mut FpuArea) {
+    fn restore_fpu(self, area: &FpuArea) {
         machine(|m| {
             if let Some(mask) = area.mask() {
                 assert_eq!(m.xcr0 & mask, mask, "parts are not enabled");

@@ -462,7 +462,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             if let Some(all) = self.fpu.mask() {
                 cpu.set_xcr0(self.svm.cpu, all);
             }
-            self.svm.cpu.restore_fpu(&mut self.fpu);
+            self.svm.cpu.restore_fpu(&self.fpu);
             self.fpu_changed = false;
         }
         if self.fpu.mask().is_some() {

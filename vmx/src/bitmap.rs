@@ -12,7 +12,8 @@
 //! writes of EOI through too and, where the processor reads registers by itself, reads of ISR. TPR exits
 //! there as well: only its upper half is in the virtual-APIC page.
 //!
-//! There are two pairs of I/O bitmaps: one in which every port exits, and the hardware domain's. (Intel SDM "MSR-Bitmap Address", "I/O-Bitmap Addresses".)
+//! There are two pairs of I/O bitmaps: one in which every port exits, and the hardware domain's.
+//! (Intel SDM "MSR-Bitmap Address", "I/O-Bitmap Addresses".)
 
 use core::sync::atomic::Ordering;
 

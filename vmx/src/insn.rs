@@ -106,7 +106,7 @@ pub trait Cpu: Copy + Debug + Send + Sync + 'static {
     /// Saves extended state; XCR0 must enable all of the area's states.
     fn save_fpu(self, area: &mut FpuArea);
     /// Restores it, under the same condition.
-    fn restore_fpu(self, area: &mut FpuArea);
+    fn restore_fpu(self, area: &FpuArea);
     /// DR0 to DR3, DR6.
     fn dr(self) -> [u64; 5];
     /// Changes them.
@@ -389,7 +389,7 @@ impl Cpu for Real {
     }
 
     #[inline]
-    fn restore_fpu(self, area: &mut FpuArea) {
+    fn restore_fpu(self, area: &FpuArea) {
         // SAFETY: as above; the host uses no register that is overwritten (promise 2).
         unsafe { area.load() }
     }

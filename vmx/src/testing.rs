@@ -11,8 +11,8 @@ use std::vec::Vec;
 use galvan_base::fpu::FpuArea;
 use galvan_base::hw::VcpuConfig;
 use galvan_base::page::PageSource;
-use galvan_base::page::host::HostPages;
 use galvan_base::state::Gprs;
+use galvan_base::testing::HostPages;
 use galvan_base::{CpuId, Mpa};
 
 use crate::caps::Caps;
@@ -46,11 +46,6 @@ impl Host for HostPages {
 
 pub(crate) fn source() -> &'static dyn PageSource {
     &HostPages
-}
-
-/// Pages allocated and not freed by this thread.
-pub(crate) fn pages_in_use() -> isize {
-    HostPages::in_use()
 }
 
 /// Continues on another CPU.
@@ -292,7 +287,7 @@ impl Cpu for Fake {
             area.set(&m.fpu);
         });
     }
-    fn restore_fpu(self, area: &mut FpuArea) {
+    fn restore_fpu(self, area: &FpuArea) {
         machine(|m| {
             if let Some(mask) = area.mask() {
                 assert_eq!(m.xcr0 & mask, mask, "parts are not enabled");

@@ -1098,7 +1098,7 @@ impl<C: Cpu> HwVcpu for Vcpu<C> {
             if let Some(all) = self.fpu.mask() {
                 cpu.set_xcr0(c, all);
             }
-            c.restore_fpu(&mut self.fpu);
+            c.restore_fpu(&self.fpu);
             self.fpu_changed = false;
         }
         if self.fpu.mask().is_some() {

@@ -4,8 +4,7 @@
 //! What comes from a save record is made fit for XRSTOR here, which would otherwise fault in the
 //! hypervisor. Used by the vendor crates. (AMD APM "XSAVE Area", "Extended Control Register (XCR0)".)
 //!
-//! UNSAFETY: the instructions that move the state, which the compiler has none for where the host uses
-//! no vector registers.
+//! UNSAFETY: the instructions that move the state between memory and the processor.
 #![allow(unsafe_code, reason = "XSAVE, XRSTOR, XSETBV")]
 
 use alloc::boxed::Box;
@@ -130,17 +129,17 @@ impl FpuArea {
     /// # Safety
     /// As for [`FpuArea::save`], and the program uses none of the registers that are overwritten.
     #[inline]
-    pub unsafe fn load(&mut self) {
-        let p = self.blocks.as_mut_ptr();
+    pub unsafe fn load(&self) {
+        let p = self.blocks.as_ptr();
         match self.mask() {
             // SAFETY: as in `save`; `set` keeps what the processor would refuse out of the image.
             Some(mask) => unsafe {
                 asm!("xrstor64 [{}]", in(reg) p, in("eax") mask as u32,
-                    in("edx") (mask >> 32) as u32, options(nostack, preserves_flags));
+                    in("edx") (mask >> 32) as u32, options(nostack, preserves_flags, readonly));
             },
             // SAFETY: as above.
             None => unsafe {
-                asm!("fxrstor64 [{}]", in(reg) p, options(nostack, preserves_flags));
+                asm!("fxrstor64 [{}]", in(reg) p, options(nostack, preserves_flags, readonly));
             },
         }
     }

@@ -64,7 +64,7 @@ fn word_mask(n: usize, first: u16, last: u16) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::page::host::HostPages;
+    use crate::testing::HostPages;
 
     #[test]
     fn port_ranges_open_and_close_exactly() {

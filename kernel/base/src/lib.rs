@@ -1,5 +1,5 @@
 //! The shared vocabulary of Galvan: addresses, frames, exits, guest state, the traits behind which
-//! the hardware stands, and locks with ranks.
+//! the hardware stands, and locks with ranks; and what AMD-V and VT-x need alike ([`fpu`], [`iomap`], [`page`]).
 //!
 //! Every other crate of the hypervisor uses this one and it uses none of them. The vendor crates
 //! (`svm`, `vmx`) and the policy (`kernel`) meet only through the traits of [`hw`]: the vendor

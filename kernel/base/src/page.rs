@@ -115,9 +115,9 @@ impl<T: Overlay> fmt::Debug for Pages<T> {
     }
 }
 
-/// Pages of a host process, for tests.
+/// Pages of a host process: [`crate::testing::HostPages`].
 #[cfg(any(test, feature = "testing"))]
-pub mod host {
+pub(crate) mod host {
     use std::alloc::{Layout, alloc_zeroed, dealloc};
     use std::cell::Cell;
 

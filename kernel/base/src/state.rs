@@ -154,8 +154,12 @@ pub const CR0_VALID: u64 = 0xe005_003f;
 pub const CR4_PSE: u64 = 1 << 4;
 /// CR4.PAE
 pub const CR4_PAE: u64 = 1 << 5;
+/// CR4.LA57
+pub const CR4_LA57: u64 = 1 << 12;
 /// CR4.OSXSAVE
 pub const CR4_OSXSAVE: u64 = 1 << 18;
+/// CR4.PKE
+pub const CR4_PKE: u64 = 1 << 22;
 /// EFER.SCE
 pub const EFER_SCE: u64 = 1;
 /// EFER.LME
@@ -172,11 +176,6 @@ pub const RFLAGS_IF: u64 = 1 << 9;
 pub const RFLAGS_TF: u64 = 1 << 8;
 /// RFLAGS.RF
 pub const RFLAGS_RF: u64 = 1 << 16;
-
-/// CR4.LA57
-pub const CR4_LA57: u64 = 1 << 12;
-/// CR4.PKE
-pub const CR4_PKE: u64 = 1 << 22;
 /// RFLAGS.VM
 pub const RFLAGS_VM: u64 = 1 << 17;
 /// RFLAGS bits that exist; bit 1 is always set.

@@ -4,6 +4,8 @@
 //! behave like well-made hardware and remember what was done to them: every piece of state can be
 //! set and inspected by a test through `&self`, so a machine can be shared by threads that stand for
 //! CPUs. Calls that break the contract of a trait panic, since the caller is the code under test.
+//!
+//! [`HostPages`] is where the vendor crates' tests have the pages from that a processor would read.
 
 use std::boxed::Box;
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
@@ -22,6 +24,8 @@ use crate::hw::{
 };
 use crate::state::{ArchState, Event, Gprs, RFLAGS_IF, RFLAGS_RF, RFLAGS_TF, Seg, Segment};
 use crate::{CpuId, Dfn, Mfn, Mpa, PAGE_SIZE, PageOrder, Platform};
+
+pub use crate::page::host::HostPages;
 
 /// [`Platform::apic_access_page`] of a fake that has one.
 pub const APIC_ACCESS_PAGE: Mfn = Mfn::new_truncate(0xab_cdef);

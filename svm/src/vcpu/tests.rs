@@ -4,13 +4,12 @@ use std::vec;
 use std::vec::Vec;
 
 use galvan_base::state::{CR0_PE, CR0_PG, CR4_PAE, EFER_LMA, EFER_LME, EFER_NXE, RFLAGS_IF};
+use galvan_base::testing::HostPages;
 
 use super::*;
 use crate::caps::{self, Caps, settle};
 use crate::exit::code;
-use crate::testing::{
-    Fake, HOST_TR, boot, guest, guest_exits, log, machine, move_to, pages_in_use, vcpu,
-};
+use crate::testing::{Fake, HOST_TR, boot, guest, guest_exits, log, machine, move_to, vcpu};
 use crate::vmcb::Vmcb;
 
 fn server() -> Caps {
@@ -747,13 +746,13 @@ fn next_rip_is_believed_only_where_the_processor_saves_it() {
 #[test]
 fn a_vcpu_dropped_while_loaded_leaves_nothing_behind() {
     let svm = boot(bare());
-    let before = pages_in_use();
+    let before = HostPages::in_use();
     let mut v = vcpu(svm, 0x1000, false);
     with_tr(&mut v, 0x40);
     v.load();
     cpuid(&mut v);
     drop(v);
-    assert_eq!(pages_in_use(), before);
+    assert_eq!(HostPages::in_use(), before);
     assert!(machine(|m| m.gif && m.tr.sel == HOST_TR));
     log();
     svm.take_interrupts();

@@ -3,13 +3,14 @@
 use std::vec;
 
 use galvan_base::state::EFER_NXE;
+use galvan_base::testing::HostPages;
 
 use super::apic::{IRR_WORD, ISR_WORD};
 use super::*;
 use crate::caps::{self, Caps, settle};
 use crate::exit::reason;
 use crate::testing::{
-    Fake, accesses, boot, entry_ends, guest, guest_exits, log, machine, move_to, pages_in_use, vcpu,
+    Fake, accesses, boot, entry_ends, guest, guest_exits, log, machine, move_to, vcpu,
 };
 
 fn new() -> Caps {
@@ -1442,14 +1443,14 @@ fn the_guest_exits_when_its_tpr_falls_below_the_threshold_which_is_never_above_t
 #[test]
 fn a_vcpu_gives_its_memory_back_and_leaves_the_processor() {
     let vmx = boot(new());
-    let before = pages_in_use();
+    let before = HostPages::in_use();
     let mut v = vcpu(vmx, 0x1000, false);
     v.load();
     cpuid(&mut v);
     log();
     drop(v);
     assert!(log().contains(&"vmclear"));
-    assert_eq!(pages_in_use(), before);
+    assert_eq!(HostPages::in_use(), before);
 }
 
 #[test]
