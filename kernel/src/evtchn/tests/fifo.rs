@@ -351,7 +351,7 @@ fn nothing_is_lost_between_processors() {
                         send(hv, d0, p.1).unwrap();
                     }
                     if n % 16 == 0 {
-                        galvan_base::sync::relax();
+                        std::thread::yield_now();
                     }
                 }
                 senders.fetch_sub(1, Ordering::SeqCst);
@@ -375,7 +375,7 @@ fn nothing_is_lost_between_processors() {
                         }
                     }
                 }
-                galvan_base::sync::relax();
+                std::thread::yield_now();
             }
             for p in far {
                 if f.clear_masked(*p) {
@@ -402,7 +402,7 @@ fn nothing_is_lost_between_processors() {
                     if done && !any {
                         break;
                     }
-                    galvan_base::sync::relax();
+                    std::thread::yield_now();
                 }
             });
         }
