@@ -278,7 +278,9 @@ impl Console {
     fn receive(&mut self, until: Instant) -> Result<(), RecvTimeoutError> {
         let left = until.saturating_duration_since(Instant::now());
         let mut bytes = self.output.recv_timeout(left)?;
-        bytes.extend(self.output.try_iter().flatten());
+        for more in self.output.try_iter() {
+            bytes.extend(more);
+        }
         self.odd.extend(self.plain.feed(&bytes));
         let whole = match std::str::from_utf8(&self.odd) {
             Ok(_) => self.odd.len(),
@@ -330,7 +332,17 @@ mod tests {
     use super::*;
     use std::process::{Child, Command, Stdio};
 
-    fn shell(script: &str) -> (Child, Console) {
+    /// A shell, which ends with the test.
+    struct Shell(Child);
+
+    impl Drop for Shell {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn shell(script: &str) -> (Shell, Console) {
         let mut child = Command::new("sh")
             .args(["-c", script])
             .stdin(Stdio::piped())
@@ -341,71 +353,61 @@ mod tests {
         let input = child.stdin.take().unwrap();
         let output = child.stdout.take().unwrap();
         let console = Console::new(input, output, None, Duration::from_secs(20));
-        (child, console)
+        (Shell(child), console)
     }
 
     #[test]
     fn expect_consumes_up_to_the_match_and_returns_groups() {
-        let (mut child, mut console) = shell("echo one=1 two=2; sleep 0.1; echo one=3");
+        let (_shell, mut console) = shell("echo one=1 two=2; sleep 0.1; echo one=3");
         assert_eq!(console.expect(r"one=(\d)", 10).unwrap()[1], "1");
         assert_eq!(console.expect(r"one=(\d)", 10).unwrap()[1], "3");
         console.expect_off(10).unwrap();
-        child.wait().unwrap();
     }
 
     #[test]
     fn what_does_not_come_is_a_timeout_and_names_the_pattern() {
-        let (mut child, mut console) = shell("echo x; sleep 5");
+        let (_shell, mut console) = shell("echo x; sleep 5");
         let fault = console.expect("never", 0).unwrap_err();
         assert!(
             matches!(fault.downcast_ref(), Some(Fault::Timeout { pattern, .. }) if pattern == "never")
         );
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]
     fn a_machine_that_goes_off_early_is_told_from_a_slow_one() {
-        let (mut child, mut console) = shell("echo x");
+        let (_shell, mut console) = shell("echo x");
         let fault = console.expect("never", 10).unwrap_err();
         assert!(matches!(fault.downcast_ref(), Some(Fault::Off { .. })));
-        child.wait().unwrap();
     }
 
     #[test]
     fn a_panic_ends_the_wait_at_once() {
-        let (mut child, mut console) =
+        let (_shell, mut console) =
             shell("echo '[1.0] Kernel panic - not syncing: no init'; sleep 5");
         let fault = console.expect("never", 10).unwrap_err();
         assert!(fault.to_string().contains("no init"), "{fault}");
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]
     fn a_panic_is_seen_behind_much_text_and_in_pieces() {
-        let (mut child, mut console) = shell(
+        let (_shell, mut console) = shell(
             "seq 5000; printf 'Kernel pa'; sleep 0.1; echo 'nic - not syncing: cut'; sleep 5",
         );
         console.expect(r"\b4999\n", 10).unwrap();
         let fault = console.expect("never", 10).unwrap_err();
         assert!(fault.to_string().contains("not syncing: cut"), "{fault}");
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]
     fn a_status_is_read_to_its_end() {
         let script = "read line; echo '@@begin-1'; printf '@@end-1-1'; sleep 0.2; echo 27; sleep 1";
-        let (mut child, mut console) = shell(script);
+        let (_shell, mut console) = shell(script);
         assert_eq!(console.status_of("true", 10).unwrap().0, 127);
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]
     fn commands_report_output_and_status() {
-        let (mut child, mut console) = shell("exec sh");
+        let (_shell, mut console) = shell("exec sh");
         assert_eq!(console.run("echo a; echo b", 10).unwrap(), "a\nb");
         assert_eq!(console.status_of("false", 10).unwrap().0, 1);
         let between = "printf 'ha'; echo '(galvan) [ 1.5] d1: created'; echo sh";
@@ -414,18 +416,15 @@ mod tests {
             .run("echo why; exit_with() { return 7; }; exit_with", 10)
             .unwrap_err();
         assert!(fault.to_string().contains("status 7:\nwhy"), "{fault}");
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 
     #[test]
     fn the_log_has_lines_with_times() {
         let path = std::env::temp_dir().join(format!("galvan-console-{}.log", std::process::id()));
-        let (mut child, mut console) = shell("echo first; printf 'last'");
+        let (_shell, mut console) = shell("echo first; printf 'last'");
         console.log = Some(File::create(&path).unwrap());
         console.expect_off(10).unwrap();
         drop(console);
-        child.wait().unwrap();
         let log = std::fs::read_to_string(&path).unwrap();
         std::fs::remove_file(&path).unwrap();
         let lines: Vec<&str> = log
@@ -441,10 +440,8 @@ mod tests {
         // What a shell prints for `status_of`, with such a line where there is most room for one.
         let script = "read line; printf '@@begin-1'; echo '(galvan) [ 1.5] d1: destroyed'; \
                       echo '(galvan) [ 1.6] d1: gone'; echo; echo one; echo @@end-1-0; sleep 1";
-        let (mut child, mut console) = shell(script);
+        let (_shell, mut console) = shell(script);
         let (status, output) = console.status_of("echo one", 10).unwrap();
         assert_eq!((status, output.trim()), (0, "one"));
-        child.kill().unwrap();
-        child.wait().unwrap();
     }
 }

@@ -45,7 +45,7 @@ impl Entity for Task {
         let answer =
             self.0.blocked.load(Ordering::SeqCst) == 0 && self.0.paused.load(Ordering::SeqCst) == 0;
         // Now and then the answer is old by the time it is given.
-        if LOOKS.with(|l| l.replace(l.get() + 1)) % 64 == 0 {
+        if LOOKS.with(|l| l.replace(l.get() + 1)).is_multiple_of(64) {
             std::thread::yield_now();
         }
         answer

@@ -79,7 +79,9 @@ struct Machine {
 
 impl PciHw for Machine {
     fn config_read(&self, dev: Sbdf, reg: u16, size: u8) -> u32 {
-        assert!(u16::from(size).is_power_of_two() && reg % u16::from(size) == 0 && size <= 4);
+        assert!(
+            u16::from(size).is_power_of_two() && reg.is_multiple_of(u16::from(size)) && size <= 4
+        );
         let all = self.devices.borrow();
         let Some(d) = all.get(&dev) else {
             return u32::MAX >> (32 - 8 * u32::from(size));
@@ -90,7 +92,9 @@ impl PciHw for Machine {
     }
 
     fn config_write(&self, dev: Sbdf, reg: u16, size: u8, value: u32) {
-        assert!(u16::from(size).is_power_of_two() && reg % u16::from(size) == 0 && size <= 4);
+        assert!(
+            u16::from(size).is_power_of_two() && reg.is_multiple_of(u16::from(size)) && size <= 4
+        );
         let mut all = self.devices.borrow_mut();
         let Some(d) = all.get_mut(&dev) else { return };
         for i in 0..usize::from(size) {

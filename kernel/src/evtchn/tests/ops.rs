@@ -286,7 +286,7 @@ fn an_upcall_that_a_disabled_local_apic_dropped_comes_when_it_is_enabled() {
     assert_eq!(v.posted[word].swap(0, Ordering::SeqCst), bit);
     guest(&w, 1).take(0);
     // Nothing pending, nothing raised.
-    w.with_cx(1, 0, |cx| crate::exit::apic::publish(cx));
+    w.with_cx(1, 0, crate::exit::apic::publish);
     assert_eq!(v.posted[word].load(Ordering::SeqCst), 0);
 }
 
